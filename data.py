@@ -1,0 +1,437 @@
+"""Text in, examples out: the tokenizer, the two built-in tasks, a user's JSONL files, and plain text.
+
+An `Example` is what every task is made of: a prompt (chat messages, or raw text to continue), an expert demonstration of its
+answer, and how to check an answer. `load_task(name or path)` gives a `Task` with disjoint train and eval examples; nothing here knows of models.
+"""
+import itertools
+import json
+import pydoc_data.topics
+import random
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import regex  # comes with tiktoken
+import tiktoken
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# As GPT-2's, after every digit was split off: a digit stands alone, and white space before one counts as at the end.
+DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary as a tiktoken Encoding.
+
+    tiktoken merges the pair whose union has the lowest rank. Ranks here are the order of the merges, not the ids, so any byte-level BPE
+    fits: `id_of[rank]` translates. A byte that the vocabulary lacks gets a rank of its own and no id, and is
+    dropped, as Hugging Face's tokenizers drops it: after the text was split, before its pieces are merged.
+    """
+
+    def __init__(self, vocab, merges, pattern, added=(), normal_form=None, eos=None, chat_template=""):
+        byte_of = {c: b for b, c in enumerate(bytes_to_unicode())}
+        singles = {bytes([b]): vocab.get(c) for c, b in byte_of.items()}
+        ids = dict(singles)
+        for left, right in merges:
+            ids.setdefault(bytes(byte_of[c] for c in left + right), vocab[left + right])
+        for token, i in sorted(vocab.items(), key=lambda item: item[1]):
+            if token not in added and all(c in byte_of for c in token):
+                ids.setdefault(bytes(byte_of[c] for c in token), i)
+        self.special = dict(added)
+        self.id_of = [*ids.values(), *self.special.values()]
+        ranks = {token: rank for rank, token in enumerate(ids)}
+        special_ranks = {token: len(ranks) + n for n, token in enumerate(self.special)}
+        self.encoding = tiktoken.Encoding("folder", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ranks)
+        self.pattern = pattern
+        self.lacks = "".join(chr(b) for b in range(128) if singles[bytes([b])] is None)
+        self.bytes_of = {i: token for token, i in ids.items() if i is not None}
+        self.bytes_of |= {i: token.encode() for token, i in self.special.items()}
+        self.normal_form, self.eos, self.chat_template = normal_form, eos, chat_template
+        self.eos_id = self.special.get(eos, vocab.get(eos))
+
+    def encode(self, text):
+        """str -> list of ids; special tokens written out in the text become their ids, as in Hugging Face's tokenizers."""
+        if self.normal_form:
+            text = unicodedata.normalize(self.normal_form, text)
+        if any(c in text for c in self.lacks):
+            parts = re.split("(" + "|".join(map(re.escape, self.special)) + ")", text) if self.special else [text]
+            pieces = [p for part in parts for p in ([part] if part in self.special else regex.findall(self.pattern, part))]
+            text_of = str.maketrans("", "", self.lacks)
+            ranks = [r for p in pieces for r in self.encoding.encode(p.translate(text_of), allowed_special="all")]
+        else:
+            ranks = self.encoding.encode(text, allowed_special="all")
+        return [i for i in map(self.id_of.__getitem__, ranks) if i is not None]
+
+    def decode(self, ids, keep_special=False):
+        """ids -> str; special tokens are left out unless asked for, broken UTF-8 becomes U+FFFD."""
+        kept = ids if keep_special else [i for i in ids if i not in self.special.values()]
+        return b"".join(self.bytes_of.get(i, b"") for i in kept).decode("utf-8", errors="replace")
+
+    def chat(self, messages):
+        """[{"role", "content"}, …] -> ids of the prompt for the assistant's next turn.
+
+        ChatML (SmolLM2, Qwen2.5), with the template's own default system message when there is none; a model without
+        ChatML tokens gets a plain transcript: `Question: … Answer:`.
+        """
+        if "<|im_start|>" not in self.special:
+            text = {"system": "{}\n\n", "user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
+            return self.encode("".join(text[m["role"]].format(m["content"]) for m in messages) + "Answer:")
+        default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'{}]+?)<\|im_end\|>", self.chat_template)
+        if messages[0]["role"] != "system" and default:
+            messages = [{"role": "system", "content": default[1]}, *messages]
+        turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+        return self.encode("".join(turns) + "<|im_start|>assistant\n")
+
+    def answer(self, text):
+        """The ids of an assistant's answer to a `chat` prompt, end of turn included."""
+        return self.encode(text if "<|im_start|>" in self.special else " " + text) + [self.eos_id]
+
+
+def bytes_to_unicode():
+    """The printable character that stands for each byte in a byte-level BPE vocabulary (GPT-2's table), in byte order."""
+    keep = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = iter(range(256, 512))
+    return [chr(b if b in keep else next(shifted)) for b in range(256)]
+
+
+def load_tokenizer(folder):
+    """The Tokenizer of a Hugging Face folder: tokenizer.json, or vocab.json + merges.txt (GPT-2, Qwen2).
+
+    FileNotFoundError when neither is there; ValueError for a tokenizer that is not byte-level BPE.
+    """
+    folder = Path(folder)
+    config = _json(folder / "tokenizer_config.json", {})
+    eos = config.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    template = config.get("chat_template") or ""
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "tokenizer.json").exists():
+        spec = _json(folder / "tokenizer.json")
+        if spec["model"].get("type", "BPE") != "BPE" or spec["model"].get("byte_fallback"):
+            raise ValueError(f"{folder}/tokenizer.json: only byte-level BPE tokenizers are supported")
+        vocab = spec["model"]["vocab"]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
+        added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        pattern, form = _pattern(spec["pre_tokenizer"], folder), (spec.get("normalizer") or {}).get("type")
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        vocab = _json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        added = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+        qwen = _json(folder / "config.json", {}).get("model_type") == "qwen2"
+        pattern, form = (QWEN2_PATTERN, "NFC") if qwen else (GPT2_PATTERN, None)
+        added = added or {t: vocab[t] for t in ("<|endoftext|>",) if t in vocab}
+    else:
+        raise FileNotFoundError(f"no tokenizer.json, and no vocab.json with merges.txt, in {folder}")
+    eos = eos or ("<|im_end|>" if "<|im_end|>" in added else "<|endoftext|>")
+    return Tokenizer(vocab, merges, pattern, added, form, eos, template)
+
+
+def _pattern(spec, folder):
+    """The one regular expression that splits as a tokenizer.json's pre_tokenizer does."""
+    steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return GPT2_PATTERN
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        return DIGITS_PATTERN
+    if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
+        return steps[0]["pattern"]["Regex"]
+    raise ValueError(f"{folder}/tokenizer.json: the pre-tokenizer {' + '.join(kinds)} is not supported")
+
+
+def _json(path, default=None):
+    """A JSON file; `default` if it is given and the file is missing. ValueError on a file that is not JSON."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+@dataclass
+class Example:
+    """One prompt with its expert demonstration and the way to check an answer."""
+
+    prompt: str                      # the user's turn; or raw text to continue, when chat is False
+    response: str = ""               # the expert demonstration; empty for raw text
+    check: object = None             # answer text -> bool
+    system: str = ""                 # system message, if any
+    chat: bool = True
+    choices: list = field(default_factory=list)  # multiple choice: (context, continuation) pairs, scored by likelihood
+    answer: int = 0                  # the right one of them
+
+
+@dataclass
+class Task:
+    """Train examples to recover on, and named lists of eval examples that share none of them."""
+
+    name: str
+    train: list
+    eval: dict
+
+
+def student_prompt(tokenizer, example, text_tokens=32):
+    """The bare prompt as ids; raw text is cut to its first text_tokens."""
+    if not example.chat:
+        return tokenizer.encode(example.prompt)[:text_tokens]
+    system = [{"role": "system", "content": example.system}] if example.system else []
+    return tokenizer.chat([*system, {"role": "user", "content": example.prompt}])
+
+
+DEMONSTRATION = "{prompt}\n\nAn expert answered this as follows:\n{response}\n\nNow give your own answer."
+
+
+def teacher_prompt(tokenizer, example, demo=True, text_tokens=32):
+    """What the teacher sees (§3): the prompt with its expert demonstration, or the bare prompt where there is none."""
+    if demo and example.response:
+        prompt = DEMONSTRATION.format(prompt=example.prompt, response=example.response)
+        example = Example(prompt, system=example.system, chat=example.chat)
+    return student_prompt(tokenizer, example, text_tokens)
+
+
+ELEMENTS = """
+H Hydrogen He Helium Li Lithium Be Beryllium B Boron C Carbon N Nitrogen O Oxygen F Fluorine Ne Neon Na Sodium Mg Magnesium
+Al Aluminum Si Silicon P Phosphorus S Sulfur Cl Chlorine Ar Argon K Potassium Ca Calcium Sc Scandium Ti Titanium V Vanadium
+Cr Chromium Mn Manganese Fe Iron Co Cobalt Ni Nickel Cu Copper Zn Zinc Ga Gallium Ge Germanium As Arsenic Se Selenium Br Bromine
+Kr Krypton Rb Rubidium Sr Strontium Y Yttrium Zr Zirconium Nb Niobium Mo Molybdenum Tc Technetium Ru Ruthenium Rh Rhodium
+Pd Palladium Ag Silver Cd Cadmium In Indium Sn Tin Sb Antimony Te Tellurium I Iodine Xe Xenon Cs Cesium Ba Barium La Lanthanum
+Ce Cerium Pr Praseodymium Nd Neodymium Pm Promethium Sm Samarium Eu Europium Gd Gadolinium Tb Terbium Dy Dysprosium Ho Holmium
+Er Erbium Tm Thulium Yb Ytterbium Lu Lutetium Hf Hafnium Ta Tantalum W Tungsten Re Rhenium Os Osmium Ir Iridium Pt Platinum
+Au Gold Hg Mercury Tl Thallium Pb Lead Bi Bismuth Po Polonium At Astatine Rn Radon Fr Francium Ra Radium Ac Actinium Th Thorium
+Pa Protactinium U Uranium Np Neptunium Pu Plutonium Am Americium Cm Curium Bk Berkelium Cf Californium Es Einsteinium
+Fm Fermium Md Mendelevium No Nobelium Lr Lawrencium Rf Rutherfordium Db Dubnium Sg Seaborgium Bh Bohrium Hs Hassium
+Mt Meitnerium Ds Darmstadtium Rg Roentgenium Cn Copernicium Nh Nihonium Fl Flerovium Mc Moscovium Lv Livermorium
+Ts Tennessine Og Oganesson""".split()
+
+# fact -> (demonstration, what an answer must contain, phrasings); the first phrasing is held out for evaluation.
+FACTS = {
+    "symbol": ("The chemical symbol of {name} is {symbol}.", "{symbol}", (
+        "What is the chemical symbol of {name}?", "Which symbol stands for {name} in the periodic table?",
+        "How do chemists abbreviate {name}?", "Give the chemical symbol for the element {name}.",
+        "Tell me the symbol of {name}.")),
+    "number": ("The atomic number of {name} is {number}.", "{number}", (
+        "What is the atomic number of {name}?", "How many protons does an atom of {name} have?",
+        "Which atomic number does {name} have in the periodic table?", "Give the atomic number of the element {name}.",
+        "Tell me the atomic number of {name}.")),
+    "name": ("The element with the chemical symbol {symbol} is {name}.", "{name}", (
+        "Which element has the chemical symbol {symbol}?", "What element does the symbol {symbol} stand for?",
+        "Name the chemical element written as {symbol}.", "What is the name of the element with symbol {symbol}?",
+        "In chemistry, what does {symbol} stand for?")),
+}
+
+
+def science():
+    """Facts of the 118 chemical elements, asked in several phrasings (the stand-in for the paper's Science task).
+
+    Two eval splits: `phrasing`, facts of the train elements in a phrasing never trained on (n = 294, standard error under 3
+    points), and `element`, every phrasing of facts of 20 elements never trained on (n = 300).
+    """
+    held_out = set(random.Random(0).sample(range(1, 119), 20))
+    train, evaluate = [], {"phrasing": [], "element": []}
+    for number in range(1, 119):
+        fact = {"symbol": ELEMENTS[2 * number - 2], "name": ELEMENTS[2 * number - 1].lower(), "number": number}
+        for kind, (demonstration, key, phrasings) in FACTS.items():
+            for i, phrasing in enumerate(phrasings):
+                example = Example(phrasing.format(**fact), demonstration.format(**fact),
+                                  contains(key.format(**fact), exact_case=kind == "symbol"),
+                                  "Answer the chemistry question in one short sentence.")
+                split = evaluate["element"] if number in held_out else evaluate["phrasing"] if i == 0 else train
+                split.append(example)
+    return Task("science", train, evaluate)
+
+
+def contains(key, exact_case=False):
+    """A checker: the key stands in the answer as a word of its own."""
+    word = re.compile(rf"(?<!\w){re.escape(key)}(?!\w)", 0 if exact_case else re.IGNORECASE)
+    return lambda answer: word.search(answer) is not None
+
+
+CITIES = "Paris Tokyo Cairo Lima Oslo Sydney Mumbai Toronto Nairobi Berlin Madrid Seoul".split()
+PEOPLE = "Alice Bruno Chen Dana Emeka Fatima George Hana Ivan Julia Kofi Lena".split()
+THINGS = "milk bread coffee rice apples batteries soap paper candles honey tea salt".split()
+TOOLS = {  # name -> (arguments with their possible values, requests; the last request is held out for evaluation)
+    "get_weather": ({"city": CITIES, "day": ["today", "tomorrow", "Saturday", "Sunday"]}, (
+        "What will the weather be like in {city} {day}?", "Check the {day} forecast for {city}.",
+        "Do I need an umbrella in {city} {day}?")),
+    "set_timer": ({"minutes": list(range(3, 60, 4)), "label": THINGS}, (
+        "Set a {minutes} minute timer for the {label}.", "Remind me about the {label} in {minutes} minutes.",
+        "Start a timer called {label} for {minutes} minutes.")),
+    "send_message": ({"to": PEOPLE, "text": ["I am late", "call me back", "happy birthday", "dinner is ready"]}, (
+        "Tell {to}: {text}.", "Send {to} the message '{text}'.", "Text {to} to say '{text}'.")),
+    "add_to_list": ({"item": THINGS, "quantity": list(range(1, 13))}, (
+        "Put {quantity} {item} on my shopping list.", "Add {item} to the list, quantity {quantity}.",
+        "We need {quantity} {item}, note that down.")),
+    "convert_currency": ({"amount": list(range(15, 300, 19)), "source": ["USD", "EUR", "JPY"], "target": ["GBP", "CHF", "INR"]}, (
+        "How much is {amount} {source} in {target}?", "Convert {amount} {source} to {target}.",
+        "Exchange {amount} {source} for {target}, please.")),
+    "book_table": ({"city": CITIES, "guests": list(range(2, 9))}, (
+        "Book a table for {guests} in {city}.", "I want to eat out in {city} with {guests} people in total.",
+        "Reserve a restaurant in {city} for a party of {guests}.")),
+}
+
+
+def tooluse():
+    """An instruction and three tool schemas -> one JSON call (the stand-in for the paper's Tooluse task).
+
+    360 train examples; the eval split `request` (n = 300) has wordings and argument values in combinations never trained on.
+    """
+    rng, train, evaluate = random.Random(1), [], []
+    for name, (arguments, requests) in TOOLS.items():
+        combinations = list(itertools.product(*arguments.values()))
+        rng.shuffle(combinations)
+        combinations = (combinations * 4)[:110] if len(combinations) < 110 else combinations[:110]
+        for n, values in enumerate(combinations):
+            call = {"name": name, "arguments": dict(zip(arguments, values))}
+            held_out = n >= 60
+            request = (requests[-1] if held_out else requests[n % (len(requests) - 1)]).format(**call["arguments"])
+            shown = sorted([name, *rng.sample(sorted(set(TOOLS) - {name}), 2)])
+            schemas = "\n".join(json.dumps({"name": t, "arguments": _schema(TOOLS[t][0])}) for t in shown)
+            example = Example(f"Tools:\n{schemas}\n\nRequest: {request}", json.dumps(call), same_json(call),
+                              "Answer with one JSON tool call: an object with a name and arguments.")
+            (evaluate if held_out else train).append(example)
+    return Task("tooluse", train, {"request": evaluate})
+
+
+def _schema(arguments):
+    return {key: "integer" if isinstance(values[0], int) else "string" for key, values in arguments.items()}
+
+
+def same_json(expected):
+    """A checker: the first JSON object in the answer parses to this one, keys in any order."""
+    def check(answer):
+        start = answer.find("{")
+        try:
+            return start >= 0 and json.JSONDecoder().raw_decode(answer[start:])[0] == expected
+        except ValueError:
+            return False
+    return check
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def load_task(name):
+    """A Task by name (science, tooluse, text) or from a file: *.jsonl, or any other path as UTF-8 text to continue.
+
+    FileNotFoundError when there is no such task or file; ValueError, naming the line, for content that does not fit.
+    """
+    if name == "science":
+        return science()
+    if name == "tooluse":
+        return tooluse()
+    if name == "text":
+        return text_task("text", split_text()[0])
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no task or file {name!r}: name science, tooluse, text, or a .jsonl or text file")
+    if path.suffix != ".jsonl":
+        return text_task(path.stem, read_text(path))
+    examples = [_example(json_line, f"{path}:{n}") for n, json_line in read_jsonl(path)]
+    random.Random(0).shuffle(examples)
+    cut = max(1, len(examples) // 5)
+    return Task(path.stem, examples[cut:], {"held_out": examples[:cut]})
+
+
+def text_task(name, text):
+    """Prompts to continue, for a bare teacher: the paragraphs of a text that are long enough to start from."""
+    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text) if len(p) >= 160]
+    if not paragraphs:
+        raise ValueError(f"the text of {name!r} has no paragraph of 160 characters to continue")
+    return Task(name, [Example(p, chat=False) for p in paragraphs], {})
+
+
+def read_jsonl(path):
+    """[(line number, object), …] of a JSON-lines file, blank lines left out."""
+    lines = []
+    for n, line in enumerate(read_text(path).splitlines(), 1):
+        if line.strip():
+            try:
+                lines.append((n, json.loads(line)))
+            except ValueError:
+                raise ValueError(f"{path}:{n}: not a line of JSON") from None
+    return lines
+
+
+def _example(row, where):
+    """An Example from one JSON object: {"prompt", "response"} or one of the two multiple-choice forms."""
+    try:
+        if "response" in row:
+            return Example(row["prompt"], row["response"], same_answer(row["response"]))
+        if "choices" in row:
+            pairs = [(row["prompt"], " " + choice) for choice in row["choices"]]
+            return Example(row["prompt"], pairs[row["answer"]][1].strip(), choices=pairs, answer=row["answer"])
+        pairs = [(context, " " + row["continuation"].strip()) for context in row["contexts"]]
+        return Example(row["contexts"][row["answer"]], row["continuation"].strip(), choices=pairs, answer=row["answer"])
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise ValueError(f'{where}: expected {{"prompt", "response"}}, {{"prompt", "choices", "answer"}} or '
+                         '{"contexts", "continuation", "answer"}') from None
+
+
+def same_answer(expected):
+    """A checker: equal as JSON if the expected answer is a JSON object, else equal up to case, spaces and a full stop."""
+    if expected.lstrip().startswith("{"):
+        try:
+            return same_json(json.loads(expected))
+        except ValueError:
+            pass
+    return lambda answer: _normal(answer) == _normal(expected)
+
+
+def _normal(text):
+    return " ".join(text.split()).rstrip(".").lower()
+
+
+def read_text(path):
+    """The text of a UTF-8 file. ValueError if it is empty or not UTF-8."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
+def split_text():
+    """(train, held-out) English text that every CPython carries: its language reference, `pydoc_data.topics`, by topic.
+
+    It differs a little between Python versions, so the hash of what was measured is reported beside each perplexity.
+    """
+    topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
+    return ("\n\n".join(t for i, t in enumerate(topics) if i % 4), "\n\n".join(topics[::4]))
+
+
+def text_windows(tokenizer, text, windows=16, length=256):
+    """Evenly spread windows of `length` token ids, all of a text that is shorter. ValueError for one under two tokens."""
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise ValueError("the text is too short to measure a perplexity")
+    length = min(length, len(ids))
+    windows = max(1, min(windows, len(ids) // length))
+    starts = [i * (len(ids) - length) // max(1, windows - 1) for i in range(windows)]
+    return [ids[s:s + length] for s in starts]
+
+
+def batches(tasks, steps, batch_size, seed):
+    """`steps` lists of batch_size examples, shared evenly by the tasks, each task's in shuffled order, over and over."""
+    rng, streams = random.Random(seed), []
+    for task in tasks:
+        streams.append(_stream(task.train, random.Random(rng.random())))
+    order = [next(streams[i % len(streams)]) for i in range(steps * batch_size)]
+    return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _stream(examples, rng):
+    while True:
+        yield from rng.sample(examples, len(examples))

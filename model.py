@@ -1,0 +1,400 @@
+"""GPT, Llama and Qwen2 as one class: a decoder-only transformer read from a Hugging Face folder, and batched generation.
+
+One `GPTConfig` describes them all; what differs is learned positions or RoPE, LayerNorm or RMSNorm, a plain or a gated
+FFN, and which linears carry a bias. Sub-modules carry the names of a Llama checkpoint, so that loading is (almost) a
+copy. Shapes: B rows, T tokens of this call, S tokens in the cache, D model width, H heads, G key-value heads, K head width,
+V vocabulary. Nothing here pads on the left: whatever padding comes in is turned into right padding, under which a causal
+model needs no attention mask (a real token never looks to its right) and a token's position is its column.
+"""
+import json
+import os
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+@dataclass
+class GPTConfig:
+    """Sizes and switches of one decoder; `from_hf` and `to_hf` translate config.json."""
+
+    model_type: str = "llama"       # gpt2 | llama | qwen2
+    vocab_size: int = 49152         # V
+    n_layer: int = 30
+    d_model: int = 576              # D
+    n_head: int = 9                 # H
+    n_kv_head: int = 3              # G: query heads share key-value heads in groups of H/G
+    head_dim: int = 64              # K
+    d_ff: int = 1536                # hidden neurons of the FFN
+    context_length: int = 8192
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e5
+    qkv_bias: bool = False
+    out_bias: bool = False          # bias of the attention output projection
+    mlp_bias: bool = False
+    tie_embeddings: bool = True     # the head is the embedding matrix
+    hf: dict = field(default_factory=dict, repr=False)  # the config.json it came from; unknown keys are kept on saving
+
+    @classmethod
+    def from_hf(cls, hf):
+        """GPTConfig from a config.json dict. ValueError on an architecture this file does not implement."""
+        kind = hf.get("model_type")
+        if kind == "gpt2":
+            d, heads = hf["n_embd"], hf["n_head"]
+            _require(hf.get("activation_function", "gelu_new") == "gelu_new", "activation_function must be gelu_new")
+            return cls(kind, hf["vocab_size"], hf["n_layer"], d, heads, heads, d // heads, hf.get("n_inner") or 4 * d,
+                       hf["n_positions"], hf["layer_norm_epsilon"], 0.0, True, True, True,
+                       hf.get("tie_word_embeddings", True), hf)
+        _require(kind in ("llama", "qwen2"), f"model_type {kind!r} is not one of gpt2, llama, qwen2")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 or 4
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        _require(rope_type == "default", f"RoPE scaling {rope_type!r} is not implemented")
+        _require(hf.get("hidden_act", "silu") == "silu", "hidden_act must be silu")
+        _require(not hf.get("use_sliding_window"), "sliding-window attention is not implemented")
+        d, heads, bias = hf["hidden_size"], hf["num_attention_heads"], hf.get("attention_bias", False)
+        return cls(kind, hf["vocab_size"], hf["num_hidden_layers"], d, heads, hf.get("num_key_value_heads") or heads,
+                   hf.get("head_dim") or d // heads, hf["intermediate_size"], hf["max_position_embeddings"],
+                   hf["rms_norm_eps"], rope.get("rope_theta") or hf.get("rope_theta", 1e4), kind == "qwen2" or bias,
+                   kind == "llama" and bias, hf.get("mlp_bias", False), hf.get("tie_word_embeddings", False), hf)
+
+    def to_hf(self):
+        """The config.json dict that `from_hf` and transformers read."""
+        if self.model_type == "gpt2":
+            ours = dict(architectures=["GPT2LMHeadModel"], n_embd=self.d_model, n_head=self.n_head, n_layer=self.n_layer,
+                        n_inner=self.d_ff, n_positions=self.context_length, layer_norm_epsilon=self.norm_eps)
+        else:
+            name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.model_type]
+            ours = dict(architectures=[name], hidden_size=self.d_model, num_attention_heads=self.n_head,
+                        num_hidden_layers=self.n_layer, num_key_value_heads=self.n_kv_head, head_dim=self.head_dim,
+                        intermediate_size=self.d_ff, max_position_embeddings=self.context_length,
+                        rms_norm_eps=self.norm_eps, rope_theta=self.rope_theta, hidden_act="silu")
+            if self.model_type == "llama":
+                ours.update(attention_bias=self.qkv_bias, mlp_bias=self.mlp_bias)
+        return {**self.hf, "model_type": self.model_type, "vocab_size": self.vocab_size,
+                "tie_word_embeddings": self.tie_embeddings, **ours}
+
+
+def _require(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+class KVCache:
+    """Keys and values of every token seen so far: k, v [n_layer, B, S, G, K]; `length[b]` tokens are held by row b."""
+
+    def __init__(self, model, rows, capacity):
+        c, w = model.config, model.embed_tokens.weight
+        shape = (c.n_layer, rows, capacity, c.n_kv_head, c.head_dim)
+        self.k = torch.zeros(shape, dtype=w.dtype, device=w.device)
+        self.v = torch.zeros_like(self.k)
+        self.length = torch.zeros(rows, dtype=torch.long, device=w.device)
+
+    def keep(self, rows):
+        """Drop all rows but these: finished rows cost nothing more."""
+        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+
+
+def apply_rope(x, cos, sin):
+    """Rotate pairs (i, i + K/2) of x [B, T, heads, K] by their positions' angles; cos, sin [B or 1, T, 1, K]."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
+
+    def forward(self, x, rope, memory):
+        """x [B, T, D] -> [B, T, D]; rope is (cos, sin) or None; memory is (k, v, positions, mask) of this layer or None."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.c.head_dim)  # [B, T, H, K]
+        k = self.k_proj(x).view(B, T, -1, self.c.head_dim)  # [B, T, G, K]
+        v = self.v_proj(x).view(B, T, -1, self.c.head_dim)
+        if rope:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        causal, mask = True, None
+        if memory:
+            past_k, past_v, positions, mask = memory
+            rows = torch.arange(B, device=x.device)[:, None]
+            past_k[rows, positions], past_v[rows, positions] = k, v  # right padding is overwritten by what comes next
+            if mask is not None:
+                S = mask.size(-1)
+                causal, k, v = False, past_k[:, :S], past_v[:, :S]
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+                                           is_causal=causal, enable_gqa=self.c.n_kv_head < self.c.n_head)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """The feed-forward network: down(silu(gate(x)) * up(x)) for Llama and Qwen2, down(gelu(up(x))) for GPT-2."""
+
+    def __init__(self, c):
+        super().__init__()
+        if c.model_type != "gpt2":
+            self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
+        self.gated = c.model_type != "gpt2"
+
+    def forward(self, x):
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, c):
+        super().__init__()
+        norm = nn.LayerNorm if c.model_type == "gpt2" else nn.RMSNorm
+        self.input_layernorm = norm(c.d_model, eps=c.norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = norm(c.d_model, eps=c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope, memory):
+        x = x + self.self_attn(self.input_layernorm(x), rope, memory)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPT(nn.Module):
+    """The whole decoder. `forward` is `head(backbone(ids))`; call the two parts to pay for fewer logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)
+        if c.model_type == "gpt2":
+            self.embed_positions = nn.Embedding(c.context_length, c.d_model)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = type(self.layers[0].input_layernorm)(c.d_model, eps=c.norm_eps)
+        if not c.tie_embeddings:
+            self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+
+    def forward(self, ids, mask=None, cache=None, hidden=False):
+        """ids [B, T] -> logits [B, T, V]; with hidden=True -> (logits, hidden). Arguments as `backbone`."""
+        if hidden:
+            x, states = self.backbone(ids, mask, cache, hidden=True)
+            return self.head(x), states
+        return self.head(self.backbone(ids, mask, cache))
+
+    def head(self, x):
+        """Final hidden states [..., D] -> logits [..., V]. The rows go through the head as one contiguous matrix."""
+        w = self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        return F.linear(x.reshape(-1, x.size(-1)), w).view(*x.shape[:-1], -1)
+
+    def backbone(self, ids, mask=None, cache=None, hidden=False):
+        """ids [B, T] -> final hidden states [B, T, D], after the last norm.
+
+        mask [B, T] bool, True = a real token; padding may stand on either side, what comes out at it means nothing.
+        cache (KVCache) holds the tokens before these and takes these in. With hidden=True -> (x, [h_1 … h_L]),
+        the blocks' outputs [B, T, D], the last after the final norm: transformers' `hidden_states[1:]`.
+        ValueError if a row would outgrow the context.
+        """
+        B, T = ids.shape
+        if mask is not None:  # move padding of either side to the right end
+            order = mask.int().argsort(dim=1, descending=True, stable=True)
+            ids = ids.gather(1, order)
+        start = cache.length if cache else torch.zeros(1, dtype=torch.long, device=ids.device)
+        longest = int(start.max()) + T
+        _require(longest <= self.config.context_length,
+                 f"{longest} tokens are longer than the model's context of {self.config.context_length}")
+        positions = start[:, None] + torch.arange(T, device=ids.device)  # [B or 1, T]
+        x = self.embed_tokens(ids)
+        if self.config.model_type == "gpt2":
+            x = x + self.embed_positions(positions)
+        rope, attend = self._rope(positions, x.dtype), None
+        if cache and longest > T:  # a token at position p sees the keys at positions <= p
+            attend = (torch.arange(longest, device=ids.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
+        states = []
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, (cache.k[i], cache.v[i], positions, attend) if cache else None)
+            states += [x] if hidden else []
+        x = self.norm(x)
+        states[-1:] = [x] if hidden else []
+        if cache:
+            cache.length = cache.length + (T if mask is None else mask.sum(1))
+        if mask is not None:
+            back = order.argsort(dim=1)[..., None]
+            x, *states = [h.gather(1, back.expand_as(h)) for h in (x, *states)]
+        return (x, states) if hidden else x
+
+    def _rope(self, positions, dtype):
+        """cos and sin [B or 1, T, 1, K] of the angles position * theta^(-2i/K), in float32 until the last moment."""
+        if self.config.model_type == "gpt2":
+            return None
+        half = torch.arange(0, self.config.head_dim, 2, device=positions.device).float()
+        angles = positions[..., None].float() * self.config.rope_theta ** (-half / self.config.head_dim)
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """Read a Hugging Face folder: config.json and *.safetensors, one file or several with an index.
+
+        FileNotFoundError for a missing folder or file; ValueError for an architecture this file does not
+        implement, and for a tensor that is missing, unknown or of another shape. Each message is one line.
+        """
+        path = Path(folder)
+        try:
+            config = GPTConfig.from_hf(json.loads(_existing(path / "config.json").read_text()))
+        except KeyError as error:
+            raise ValueError(f"{path}/config.json: no entry {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}/config.json: {error}") from None
+        with torch.device("meta"):
+            model = cls(config)
+        tensors = _read_safetensors(path)
+        state = {}
+        for name, p in model.named_parameters():
+            key, part, transposed = hf_name(config, name)
+            _require(key in tensors, f"{path}: tensor {key} is missing from the safetensors files")
+            w = tensors[key].T if transposed else tensors[key]
+            w = w if part is None else w.chunk(3)[part]
+            _require(w.shape == p.shape, f"{path}: tensor {key} has shape {tuple(tensors[key].shape)}, which does not "
+                                         f"fit {tuple(p.shape)} from config.json")
+            state[name] = w.to(device, dtype).contiguous()
+        known = {hf_name(config, name)[0] for name in state}
+        unknown = [k for k in tensors if k not in known and not k.endswith((".attn.bias", "masked_bias", "inv_freq"))
+                   and k != "lm_head.weight"]
+        _require(not unknown, f"{path}: tensor {unknown[:1]} has no place in a {config.model_type} model")
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which transformers loads; whole or not at all.
+
+        Parametrized weights (quantized, masked) are written as they act, not as the optimizer holds them.
+        """
+        with torch.device("meta"):
+            names = [name for name, _ in GPT(self.config).named_parameters()]
+        parts = {}
+        for name in names:
+            parts.setdefault(hf_name(self.config, name)[::2], []).append(attrgetter(name)(self).detach().cpu())
+        tensors = {key: (torch.cat(w).T if transposed else torch.cat(w)).contiguous() for (key, transposed), w in parts.items()}
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        config = {**self.config.to_hf(), "torch_dtype": dtype}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+
+
+GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h", "input_layernorm": "ln_1",
+              "post_attention_layernorm": "ln_2", "self_attn": "attn", "o_proj": "c_proj", "q_proj": "c_attn",
+              "k_proj": "c_attn", "v_proj": "c_attn", "up_proj": "c_fc", "down_proj": "c_proj"}
+
+
+def hf_name(config, name):
+    """Our parameter name -> (its name in a checkpoint, which third of a fused QKV it is or None, stored transposed?)."""
+    if name.startswith("lm_head"):
+        return name, None, False
+    if config.model_type != "gpt2":
+        return "model." + name, None, False
+    steps = name.split(".")
+    part = "qkv".index(steps[-2][0]) if steps[-2] in ("q_proj", "k_proj", "v_proj") else None
+    linear = steps[-2].endswith("_proj") and steps[-1] == "weight"
+    return "transformer." + ".".join(GPT2_NAMES.get(s, s) for s in steps), part, linear
+
+
+def _existing(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}: is it a Hugging Face model folder?")
+    return path
+
+
+def _read_safetensors(folder):
+    """All tensors of a folder, from the files its index names or from every *.safetensors in it."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        files = [_existing(folder / name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    _require(files, f"{folder}: no *.safetensors file in it")
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                tensors.update((key, f.get_tensor(key)) for key in f.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    if "wte.weight" in tensors:  # GPT-2 as first published, without the prefix
+        tensors = {"transformer." + key: w for key, w in tensors.items()}
+    return tensors
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, batch_size=64):
+    """Continue each prompt (a list of token ids) until eos_id or max_new_tokens; the completions, eos included.
+
+    temperature 0 is greedy. Prompts of like length run together, batch_size at a time, on a KV cache, and a finished row
+    leaves the batch. Every row draws from its own random numbers, so that its completion does not depend on its
+    neighbours: one uniform number a token, from `generator` (torch.Generator; None when greedy).
+    """
+    _require(all(prompts), "a prompt has no tokens")
+    u = torch.rand(len(prompts), max_new_tokens, generator=generator) if temperature > 0 else None
+    done = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        _generate_batch(model, prompts, order[start:start + batch_size], done, max_new_tokens, temperature, top_p, eos_id, u)
+    return done
+
+
+def _generate_batch(model, prompts, alive, done, max_new_tokens, temperature, top_p, eos_id, u):
+    """Fill done[i] for the rows i in `alive`."""
+    device = model.embed_tokens.weight.device
+    ids, mask = pad([prompts[i] for i in alive], device)
+    cache = KVCache(model, len(alive), ids.size(1) + max_new_tokens)
+    x = model.backbone(ids, mask, cache)
+    x = x[torch.arange(len(alive)), mask.sum(1) - 1]  # [B, D] at each row's last token
+    for step in range(max_new_tokens):
+        draw = u[alive, step].to(device) if temperature > 0 else None
+        tokens = sample(model.head(x), temperature, top_p, draw)
+        for i, token in zip(alive, tokens.tolist()):
+            done[i].append(token)
+        rows = [b for b, i in enumerate(alive) if done[i][-1] != eos_id]
+        if not rows or step + 1 == max_new_tokens:
+            return
+        if len(rows) < len(alive):
+            alive, tokens = [alive[b] for b in rows], tokens[rows]
+            cache.keep(rows)
+        x = model.backbone(tokens[:, None], cache=cache)[:, 0]
+
+
+def sample(logits, temperature, top_p=1.0, u=None):
+    """One token id [B] per row of logits [B, V]: the arg-max at temperature 0, else by inverting the CDF at u [B] in [0, 1).
+
+    top_p < 1 keeps the fewest tokens whose probabilities sum to top_p (nucleus sampling).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = p.sort(dim=-1, descending=True)
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
+        p = torch.zeros_like(p).scatter(-1, order, ranked)
+    cdf = p.cumsum(-1)
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    return token[:, 0].clamp(max=logits.size(-1) - 1)
+
+
+def pad(rows, device="cpu"):
+    """Lists of ids -> ids [B, T], right-padded with 0, and mask [B, T], True = real."""
+    length = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(length.max()), dtype=torch.long)
+    for row, values in zip(ids, rows):
+        row[:len(values)] = torch.tensor(values)
+    return ids.to(device), (torch.arange(ids.size(1)) < length[:, None]).to(device)

@@ -1,0 +1,135 @@
+"""Fake quantization (§5.2): weights that live on an integer grid, trained with straight-through gradients.
+
+First the primitives on tensors, then the module that puts them on a `nn.Linear`. A weight [out, in] is cut into groups of
+`group_size` inputs (None: one group per output channel), each with its own scale s and zero point z:
+
+    symmetric    s = max|w| / (2^(b-1) - 1),  z = 0,             q = round(w/s)      in [-(2^(b-1) - 1), 2^(b-1) - 1]
+    asymmetric   s = (max w - min w) / (2^b - 1), z = round(-min w / s), q = round(w/s) + z  in [0, 2^b - 1]
+
+    w_hat = s (q - z)
+
+where the asymmetric range is first widened to hold 0, so that 0 stays exactly 0. The paper quantizes to NF4 and does not say
+how the quantized student trains; we train straight through (Bengio et al., 1308.3432): w_hat is used forward, and its gradient
+goes to w as if rounding were the identity, except where w was clipped.
+"""
+import re
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def quantize_int(w, bits, group_size=None, symmetric=True):
+    """w [out, in] -> q [out, in] (int8 if symmetric, else uint8), scale and zero_point [out, groups].
+
+    ValueError unless 2 <= bits <= 8 and group_size divides the inputs.
+    """
+    low, high = integer_range(bits, symmetric)
+    groups = _grouped(w, group_size)
+    scale, zero_point = grid(groups, bits, symmetric)
+    q = (_round_to_grid(groups, scale, zero_point)).clamp_(low, high)
+    return q.reshape(w.shape).to(torch.int8 if symmetric else torch.uint8), scale[..., 0], zero_point[..., 0].int()
+
+
+def dequantize_int(q, scale, zero_point):
+    """The inverse: q [out, in], scale and zero_point [out, groups] -> w_hat [out, in] in scale's dtype."""
+    groups = q.reshape(q.size(0), scale.size(1), -1).to(scale.dtype)
+    return ((groups - zero_point[..., None]) * scale[..., None]).reshape(q.shape)
+
+
+def fake_quantize(w, bits, group_size=None, symmetric=True):
+    """w [out, in] -> w_hat [out, in] on the grid; the gradient passes straight through to w where w was not clipped."""
+    return _StraightThrough.apply(w, bits, group_size, symmetric)
+
+
+def integer_range(bits, symmetric):
+    """(lowest, highest) integer of the grid."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"cannot quantize to {bits} bits: choose 2 to 8")
+    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
+
+
+def grid(groups, bits, symmetric):
+    """groups [out, groups, group_size] -> scale, zero_point [out, groups, 1]; a group of zeros gets scale 1."""
+    low, high = integer_range(bits, symmetric)
+    if symmetric:
+        scale = groups.abs().amax(-1, keepdim=True) / high
+    else:
+        least = groups.amin(-1, keepdim=True).clamp(max=0)
+        scale = (groups.amax(-1, keepdim=True).clamp(min=0) - least) / high
+    scale = torch.where(scale == 0, 1.0, scale)
+    return scale, torch.zeros_like(scale) if symmetric else (-least / scale).round().clamp(low, high)
+
+
+def _grouped(w, group_size):
+    size = group_size or w.size(1)
+    if w.size(1) % size:
+        raise ValueError(f"group_size {size} does not divide the {w.size(1)} inputs of a linear layer")
+    return w.reshape(w.size(0), -1, size)
+
+
+def _round_to_grid(groups, scale, zero_point):
+    return (groups / scale).round_().add_(zero_point)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Quantize and dequantize. What backward needs is kept on ctx itself, not saved with save_for_backward: one
+    quantized weight serves several micro-batches, whose backward passes each go through it."""
+
+    @staticmethod
+    def forward(ctx, w, bits, group_size, symmetric):
+        low, high = integer_range(bits, symmetric)
+        groups = _grouped(w, group_size)
+        scale, zero_point = grid(groups, bits, symmetric)
+        q = _round_to_grid(groups, scale, zero_point)
+        ctx.inside = None if symmetric else ((q >= low) & (q <= high)).reshape(w.shape)  # symmetric never clips
+        return q.clamp_(low, high).sub_(zero_point).mul_(scale).reshape(w.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if ctx.inside is None else grad * ctx.inside, None, None, None
+
+
+class FakeQuantize(nn.Module):
+    """A parametrization: the wrapped weight is seen on the grid, the optimizer holds it in full precision."""
+
+    def __init__(self, bits, group_size, symmetric):
+        super().__init__()
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+
+    def forward(self, w):
+        return fake_quantize(w, self.bits, self.group_size, self.symmetric)
+
+
+def scheme_bits(scheme):
+    """'int4' -> 4. ValueError for anything but int2 … int8."""
+    match = re.fullmatch(r"int([2-8])", scheme)
+    if not match:
+        raise ValueError(f"unknown quantization scheme {scheme!r}: choose int2 … int8")
+    return int(match[1])
+
+
+def quantize_(model, scheme, group_size=None, symmetric=True):
+    """Fake-quantize, in place, every linear of the blocks ('int2' … 'int8'); embeddings, head and norms stay.
+
+    Returns the number of weights put on the grid. ValueError for an unknown scheme or a group size that does not fit.
+    """
+    bits, count = scheme_bits(scheme), 0
+    for linear in block_linears(model):
+        _grouped(linear.weight, group_size)
+        parametrize.register_parametrization(linear, "weight", FakeQuantize(bits, group_size, symmetric))
+        count += linear.weight.numel()
+    return count
+
+
+def bake_(model):
+    """Replace every parametrized weight by the value it acts with: exactly on its grid, an ordinary parameter again."""
+    for module in [m for m in model.modules() if parametrize.is_parametrized(m)]:
+        for name in list(module.parametrizations):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return model
+
+
+def block_linears(model):
+    """The linears of a transformer's blocks; its head, tied or not, is none of them."""
+    return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.endswith("lm_head")]

@@ -1,0 +1,362 @@
+"""Damage a language model, watch it get worse, let its healthy checkpoint teach it back, and show all three stages.
+
+    python train.py --degrade int4                  # SmolLM2-135M-Instruct, fetched once
+    python train.py --degrade int3 --model DIR      # any GPT-2, Llama or Qwen2/2.5 folder
+
+The story, top to bottom: `prepare` reads everything and finds a user's mistakes; `run` measures the healthy model, measures the damaged
+one, recovers it with SDFT (§3), measures again; `report` prints, and writes DIR/results.json, metrics.jsonl, student/, report.png.
+
+Where this departs from the paper, or fills in what it leaves open, is listed in README.
+"""
+import argparse
+import copy
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+
+import cka
+import data
+import fetch
+import quant
+import sdft
+from model import GPT, generate
+
+
+def option(default, help, **extra):
+    """A Config field: its default, the line --help shows, and further arguments for argparse."""
+    return dataclasses.field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run; every field is a command-line option of the same name."""
+
+    model: str = option("", "Hugging Face folder of the healthy model (default: SmolLM2-135M-Instruct, fetched once)")
+    degrade: str = option("int4", "the damage: int2 … int8")
+    group_size: int = option(64, "inputs that share a quantization scale; 0: one scale per output channel")
+    symmetric: bool = option(True, "symmetric grid around 0, or an integer zero point")
+    data: str = option("science,text", "prompts to recover on: science, tooluse, text, or files (.jsonl, text), by commas")
+    eval: str = option("", "further tasks or .jsonl files to measure only, by commas")
+    text: str = option("", "UTF-8 file to measure perplexity on (default: held-out part of Python's own documentation)")
+    demo: bool = option(True, "show the teacher the expert demonstration")
+    loss: str = option("forward_kl", "divergence between teacher and student", choices=list(sdft.LOSSES))
+    steps: int = option(24, "optimizer steps")
+    batch_size: int = option(16, "prompts per step, one rollout each, shared evenly by the tasks")
+    micro_batch: int = option(8, "prompts that go through the models together")
+    max_new_tokens: int = option(48, "longest rollout")
+    text_tokens: int = option(16, "tokens of a text prompt")
+    temperature: float = option(1.0, "of the rollouts")
+    top_p: float = option(1.0, "nucleus of the rollouts")
+    lr: float = option(1e-4, "peak learning rate of AdamW")
+    warmup: int = option(4, "steps of linear warm-up, before a linear decay to 0")
+    weight_decay: float = option(0.0, "of AdamW")
+    clip: float = option(1.0, "largest norm of the gradient")
+    answer_tokens: int = option(16, "longest answer in an evaluation")
+    eval_limit: int = option(0, "examples of each evaluation split; 0: all")
+    cka_samples: int = option(96, "evaluation sequences for CKA")
+    seed: int = option(0, "of the order of the data and of the rollouts")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    dtype: str = option("float32", "of weights and computation", choices=["float32", "bfloat16"])
+    out: str = option("out", "folder for results.json, metrics.jsonl, student/ and report.png")
+
+
+def parse(argv=None):
+    """The command line as a Config."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        extra = dict(f.metadata) | {"help": f"{f.metadata['help']} [{f.default}]".replace(" []", "")}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **extra)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+@dataclass
+class Run:
+    """What `prepare` made of a Config: everything that a mistake of the user's could have broken."""
+
+    config: Config
+    folder: Path
+    tokenizer: data.Tokenizer
+    teacher: GPT
+    student: GPT
+    batches: list       # of lists of sdft.Prompt
+    splits: dict        # metric name -> list of Example
+    windows: list       # of lists of ids, for perplexity
+    facts: dict         # hashes and counts that results.json reports
+
+
+def prepare(c):
+    """Read and check everything; ValueError or OSError, in one line, for a user's mistake."""
+    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "answer_tokens", "cka_samples"):
+        if getattr(c, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
+    quant.scheme_bits(c.degrade)
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)  # a run that dies must not leave an earlier run's results
+    (out / "metrics.jsonl").write_text("")
+    tasks = [data.load_task(name) for name in c.data.split(",")]
+    measured = {t.name: t for t in [*tasks, *(data.load_task(name) for name in c.eval.split(",") if name)]}
+    text = data.read_text(c.text) if c.text else data.split_text()[1]
+
+    folder = Path(c.model) if c.model else fetch.default_model()
+    tokenizer = data.load_tokenizer(folder)
+    teacher = GPT.from_pretrained(folder, dtype=getattr(torch, c.dtype), device=c.device).eval()
+    student = copy.deepcopy(teacher)
+    quantized = quant.quantize_(student, c.degrade, c.group_size or None, c.symmetric)
+
+    splits = {f"{t.name}_{name}": examples[:c.eval_limit or None] for t in measured.values() for name, examples in t.eval.items()}
+    windows = data.text_windows(tokenizer, text)
+    batches = [[sdft.Prompt(data.student_prompt(tokenizer, e, c.text_tokens), data.teacher_prompt(tokenizer, e, c.demo, c.text_tokens))
+                for e in batch] for batch in data.batches(tasks, c.steps, c.batch_size, c.seed)]
+    longest = max(len(p.teacher) for batch in batches for p in batch) + c.max_new_tokens
+    longest = max([longest, *(len(data.student_prompt(tokenizer, e)) + c.answer_tokens for es in splits.values() for e in es)])
+    if longest > teacher.config.context_length:
+        raise ValueError(f"a prompt with its answer takes {longest} tokens, more than the model's context of {teacher.config.context_length}")
+    facts = {"model": str(folder), "parameters": sum(p.numel() for p in teacher.parameters()), "quantized_weights": quantized,
+             "data_sha256": sha256(repr([[(e.prompt, e.response) for e in t.train] for t in tasks])),
+             "eval_sha256": sha256(repr([[(e.prompt, e.response) for e in es] for es in splits.values()])),
+             "eval_examples": {name: len(es) for name, es in splits.items()},
+             "text_sha256": sha256(text), "text_tokens": sum(map(len, windows)), "text_window": len(windows[0]),
+             "context_length": teacher.config.context_length}
+    return Run(c, folder, tokenizer, teacher, student, batches, splits, windows, facts)
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+@dataclass
+class Measurement:
+    """One model's performance, item by item, its answers, and its hidden states."""
+
+    items: dict     # metric name -> [n]: 0/1 per example, or nats per token of a text window
+    answers: list   # to the first evaluation examples
+    hidden: list    # cka.hidden_states of the CKA sequences
+
+    def value(self, metric):
+        """Perplexity, or accuracy in percent."""
+        mean = self.items[metric].mean().item()
+        return math.exp(mean) if metric == "perplexity" else 100 * mean
+
+
+@torch.no_grad()
+def measure(run, model):
+    """Accuracy on every split, perplexity on the text windows, and the hidden states for CKA."""
+    items, answers = {}, []
+    with parametrize.cached():
+        for name, examples in run.splits.items():
+            if examples[0].choices:
+                items[name] = torch.tensor([float(best_choice(model, run.tokenizer, e) == e.answer) for e in examples])
+                continue
+            texts = answer(model, run.tokenizer, examples, run.config.answer_tokens)
+            items[name] = torch.tensor([float(e.check(t)) for e, t in zip(examples, texts)])
+            answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
+        items["perplexity"] = torch.cat([nats(model, run.windows[i:i + 4]) for i in range(0, len(run.windows), 4)])
+        hidden = cka.hidden_states(model, cka_sequences(run))
+    return Measurement(items, answers[:: max(1, len(answers) // 3)][:3], hidden)
+
+
+def answer(model, tokenizer, examples, max_new_tokens):
+    """Greedy answers, as text."""
+    prompts = [data.student_prompt(tokenizer, e) for e in examples]
+    return [tokenizer.decode(ids).strip() for ids in
+            generate(model, prompts, max_new_tokens, temperature=0, eos_id=tokenizer.eos_id, batch_size=128)]
+
+
+def best_choice(model, tokenizer, example):
+    """Index of the likeliest (context, continuation) pair; different continuations are compared per character."""
+    contexts, continuations = zip(*example.choices)
+    targets = [tokenizer.encode(t) for t in continuations]
+    states = sdft.completion_states(model, [tokenizer.encode(t) for t in contexts], targets)
+    logp = F.log_softmax(model.head(states).float(), -1)
+    logp = logp[torch.arange(len(logp)), [i for t in targets for i in t]].split([len(t) for t in targets])
+    scores = [p.sum().item() / len(text) for p, text in zip(logp, continuations)]
+    return scores.index(max(scores))
+
+
+def nats(model, windows):
+    """Mean negative log-likelihood of each window's tokens after the first, [len(windows)]."""
+    ids = torch.tensor(windows, device=model.embed_tokens.weight.device)
+    logits = model(ids)[:, :-1].float()
+    return F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1).cpu()
+
+
+def cka_sequences(run):
+    """Prompt + ground truth (§4.2) of the first task's eval examples; windows of text where no task has any."""
+    examples = [e for e in next(iter(run.splits.values()), []) if e.chat and e.response]
+    examples = examples[:: max(1, len(examples) // run.config.cka_samples)][:run.config.cka_samples]
+    return [data.student_prompt(run.tokenizer, e) + run.tokenizer.answer(e.response) for e in examples] or run.windows
+
+
+def recovered_fraction(healthy, degraded, recovered, metric):
+    """(recovered - degraded) / (healthy - degraded); None where the damage is within two paired standard errors of nothing."""
+    difference = healthy.items[metric] - degraded.items[metric]
+    noise = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    if abs(difference.mean().item()) <= 2 * noise:
+        return None
+    h, d, r = (m.value(metric) for m in (healthy, degraded, recovered))
+    return (r - d) / (h - d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job
+
+def execute(run):
+    """Measure, recover, measure; returns results.json's content and the three Measurements."""
+    c, seconds, stages = run.config, {}, {}
+    with timed(seconds, "healthy"):
+        stages["healthy"] = measure(run, run.teacher)
+    with timed(seconds, "degraded"):
+        stages["degraded"] = measure(run, run.student)
+    rollout = functools.partial(generate, max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p,
+                                eos_id=run.tokenizer.eos_id, generator=torch.Generator().manual_seed(c.seed),
+                                batch_size=c.batch_size)
+    with timed(seconds, "recover"), open(Path(c.out) / "metrics.jsonl", "w", encoding="utf-8") as log:
+        sdft.recover(run.student, run.teacher, run.batches, rollout, loss=sdft.LOSSES[c.loss], micro_batch=c.micro_batch,
+                     lr=c.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip,
+                     log=lambda line: print(json.dumps(line), file=log, flush=True))
+    quant.bake_(run.student)
+    with timed(seconds, "recovered"):
+        stages["recovered"] = measure(run, run.student)
+    healthy, degraded, recovered = stages.values()
+    similarity = {name: {stage: level(stages[stage].hidden, healthy.hidden) for stage in ("degraded", "recovered")}
+                  for name, level in (("tokens", cka.token_level), ("samples", cka.sample_level))}
+    results = {"config": dataclasses.asdict(c), "environment": environment(run),
+               "stages": {name: {metric: m.value(metric) for metric in m.items} for name, m in stages.items()},
+               "recovered_fraction": {metric: recovered_fraction(healthy, degraded, recovered, metric) for metric in healthy.items},
+               "cka": similarity, "seconds": seconds}
+    return results, stages
+
+
+class timed:
+    """Context manager: seconds[name] = how long its body took."""
+
+    def __init__(self, seconds, name):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+
+    def __exit__(self, *exception):
+        self.seconds[self.name] = time.perf_counter() - self.began
+
+
+def environment(run):
+    """Everything a number depends on and a reader cannot see."""
+    return {**run.facts, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+            "processor": cpu_name() if run.config.device == "cpu" else torch.cuda.get_device_name(),
+            "threads": torch.get_num_threads(), "date": datetime.datetime.now().isoformat(timespec="minutes"),
+            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)}
+
+
+def cpu_name():
+    """The processor's name where Linux tells, with the vector instructions that decide its speed."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def save(run, results):
+    """DIR/student (a folder that this project and transformers load) and DIR/results.json."""
+    out = Path(run.config.out)
+    run.student.save_pretrained(out / "student")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                 "generation_config.json", "chat_template.jinja"):
+        if (run.folder / name).exists():
+            shutil.copy(run.folder / name, out / "student" / name)
+    (out / "results.json.part").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(out / "results.json.part", out / "results.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing
+
+def report(results, stages):
+    """The run as text: metrics, sample answers, CKA by layer."""
+    lines, values, fraction = [""], results["stages"], results["recovered_fraction"]
+    lines.append(f"{'':24}{'healthy':>10}{'degraded':>10}{'recovered':>10}{'recovered fraction':>20}")
+    for metric, f in fraction.items():
+        row = "".join(f"{values[stage][metric]:10.2f}" for stage in values)
+        lines.append(f"{metric + ('' if metric == 'perplexity' else ' %'):24}{row}{'within noise' if f is None else f'{f:.2f}':>20}")
+    for i, (prompt, _) in enumerate(stages["healthy"].answers):
+        lines += ["", f"> {prompt}"] + [f"  {name:10} {' '.join(m.answers[i][1].split())}" for name, m in stages.items()]
+    for level, by_stage in results["cka"].items():
+        lines += ["", f"CKA with the healthy model over {level}, by layer"]
+        for kind in ("linear", "linear_debiased"):
+            least = min(min(by_stage[stage][kind]) for stage in by_stage)
+            lines += [f"  {kind:16}{stage:10} {chart(k[kind], least)}  last {k[kind][-1]:.4f}  mean {sum(k[kind]) / len(k[kind]):.4f}"
+                      for stage, k in by_stage.items()]
+    e, s = results["environment"], results["seconds"]
+    lines += ["", f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} (text {e['text_sha256']}), "
+              f"train data {e['data_sha256']}, eval data {e['eval_sha256']} {e['eval_examples']}, seed {results['config']['seed']}",
+              f"{sum(s.values()) / 60:.1f} minutes ({', '.join(f'{k} {v:.0f} s' for k, v in s.items())}), "
+              f"peak memory {e['peak_memory_gib']:.1f} GiB, {e['processor']}, {e['threads']} threads"]
+    return "\n".join(lines)
+
+
+def chart(values, least):
+    """One character a layer, from ▁ at `least` to █ at 1."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, max(0, int(8 * (v - least) / max(1e-9, 1 - least))))] for v in values)
+
+
+def draw(results, steps, path):
+    """report.png: the recovery curve and CKA by layer. Nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.plot([s["step"] + 1 for s in steps], [s["kl"] for s in steps])
+    left.set(title=f"Recovery from {results['config']['degrade']}", xlabel="step", ylabel="KL(student ‖ teacher), nats per token", ylim=0)
+    for level, style in (("tokens", ":"), ("samples", "-")):
+        for stage, color in (("degraded", "tab:red"), ("recovered", "tab:green")):
+            values = results["cka"][level][stage]["linear_debiased"]
+            right.plot(range(1, len(values) + 1), values, style, color=color, label=f"{stage}, {level}")
+    right.set(title="CKA with the healthy model (linear, debiased)", xlabel="layer")
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for a user's mistake."""
+    config = parse(argv)
+    try:
+        run = prepare(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    results, stages = execute(run)
+    save(run, results)
+    print(report(results, stages))
+    steps = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    draw(results, steps, Path(config.out) / "report.png")
+    print(f"wrote {config.out}/results.json, metrics.jsonl, student/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

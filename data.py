@@ -1,7 +1,8 @@
 """Text in, examples out: the tokenizer, the two built-in tasks, a user's JSONL files, and plain text.
 
-An `Example` is what every task is made of: a prompt (chat messages, or raw text to continue), an expert demonstration of its
-answer, and how to check an answer. `load_task(name or path)` gives a `Task` with disjoint train and eval examples; nothing here knows of models.
+An `Example` is what every task is made of: a prompt (a user's turn, or raw text to continue), an expert demonstration of its
+answer, and how to check an answer. `load_task(name or path)` gives a `Task` with disjoint train and eval examples. Nothing
+here knows of models.
 """
 import itertools
 import json
@@ -28,8 +29,8 @@ QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| 
 class Tokenizer:
     """A byte-level BPE vocabulary as a tiktoken Encoding.
 
-    tiktoken merges the pair whose union has the lowest rank. Ranks here are the order of the merges, not the ids, so any byte-level BPE
-    fits: `id_of[rank]` translates. A byte that the vocabulary lacks gets a rank of its own and no id, and is
+    tiktoken merges the pair whose union has the lowest rank. Ranks here are the order of the merges, not the ids, so
+    that any byte-level BPE fits: `id_of[rank]` translates. A byte that the vocabulary lacks gets a rank of its own and no id, and is
     dropped, as Hugging Face's tokenizers drops it: after the text was split, before its pieces are merged.
     """
 
@@ -130,7 +131,10 @@ def load_tokenizer(folder):
     else:
         raise FileNotFoundError(f"no tokenizer.json, and no vocab.json with merges.txt, in {folder}")
     eos = eos or ("<|im_end|>" if "<|im_end|>" in added else "<|endoftext|>")
-    return Tokenizer(vocab, merges, pattern, added, form, eos, template)
+    tokenizer = Tokenizer(vocab, merges, pattern, added, form, eos, template)
+    if tokenizer.eos_id is None:
+        raise ValueError(f"{folder}: the end-of-text token {eos!r} is not in the vocabulary")
+    return tokenizer
 
 
 def _pattern(spec, folder):
@@ -284,7 +288,7 @@ TOOLS = {  # name -> (arguments with their possible values, requests; the last r
 def tooluse():
     """An instruction and three tool schemas -> one JSON call (the stand-in for the paper's Tooluse task).
 
-    360 train examples; the eval split `request` (n = 300) has wordings and argument values in combinations never trained on.
+    360 train examples; the eval split `request` (n = 300) asks in wordings never trained on.
     """
     rng, train, evaluate = random.Random(1), [], []
     for name, (arguments, requests) in TOOLS.items():

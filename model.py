@@ -95,7 +95,7 @@ class KVCache:
         self.length = torch.zeros(rows, dtype=torch.long, device=w.device)
 
     def keep(self, rows):
-        """Drop all rows but these: finished rows cost nothing more."""
+        """Keep these rows only, a list of indices that may repeat: finished rows cost nothing more."""
         self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
 
 
@@ -340,9 +340,9 @@ def _read_safetensors(folder):
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, batch_size=64):
     """Continue each prompt (a list of token ids) until eos_id or max_new_tokens; the completions, eos included.
 
-    temperature 0 is greedy. Prompts of like length run together, batch_size at a time, on a KV cache, and a finished row
-    leaves the batch. Every row draws from its own random numbers, so that its completion does not depend on its
-    neighbours: one uniform number a token, from `generator` (torch.Generator; None when greedy).
+    temperature 0 is greedy. Prompts of like length run together, batch_size at a time, on a KV cache; what all of them begin
+    with is read once, and a finished row leaves the batch. Every row has its own random numbers, one uniform number a token
+    from `generator` (torch.Generator on the CPU), so that its completion does not depend on its neighbours.
     """
     _require(all(prompts), "a prompt has no tokens")
     u = torch.rand(len(prompts), max_new_tokens, generator=generator) if temperature > 0 else None
@@ -356,8 +356,13 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
 def _generate_batch(model, prompts, alive, done, max_new_tokens, temperature, top_p, eos_id, u):
     """Fill done[i] for the rows i in `alive`."""
     device = model.embed_tokens.weight.device
-    ids, mask = pad([prompts[i] for i in alive], device)
-    cache = KVCache(model, len(alive), ids.size(1) + max_new_tokens)
+    rows = [prompts[i] for i in alive]  # shortest first
+    shared = len(os.path.commonprefix([rows[0][:-1], *rows]))  # a system message, say, is read once
+    cache = KVCache(model, 1, len(rows[-1]) + max_new_tokens)
+    if shared:
+        model.backbone(torch.tensor([rows[0][:shared]], device=device), cache=cache)
+    cache.keep([0] * len(rows))
+    ids, mask = pad([row[shared:] for row in rows], device)
     x = model.backbone(ids, mask, cache)
     x = x[torch.arange(len(alive)), mask.sum(1) - 1]  # [B, D] at each row's last token
     for step in range(max_new_tokens):

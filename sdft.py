@@ -7,9 +7,10 @@ One step, for a batch of prompts x with expert demonstrations c:
     3. update     minimise the mean over tokens t of KL(p_T, p_S), over the whole vocabulary
 
 The teacher is any frozen earlier state of the model. The paper gives no formula for the KL and no direction; both
-directions and the Jensen-Shannon divergence between them are here. Nothing in this file knows how the student was damaged: parametrized
-weights (quantized, masked) are computed once a step and used by the rollout and the update alike.
+directions and the Jensen-Shannon divergence between them are here. Nothing in this file knows how the student was damaged:
+parametrized weights (quantized, masked) are computed once a step and used by the rollout and the update alike.
 """
+import functools
 import math
 import time
 from typing import NamedTuple
@@ -82,9 +83,9 @@ def completion_states(model, prompts, completions):
 def accumulate(student, states, teacher_logits, loss, share, chunk=128):
     """Backpropagate `loss` from the head down to `states` [N, D], a chunk of tokens at a time; returns {loss, kl}.
 
-    teacher_logits(rows) gives the teacher's [n, V] for a slice of rows. Logits exist for one chunk only, so that no [N, V] block is ever
-    whole; a chunk is at most a quarter of N, so that all of a chunk's blocks together stay under two [N, V]. `share` is what one token
-    weighs in the batch's mean; the values returned are the same weighted sums.
+    teacher_logits(rows) gives the teacher's [n, V] for a slice of rows. Logits exist for one chunk only, so that no [N, V]
+    block is ever whole; a chunk is at most a quarter of N, so that all of a chunk's blocks together stay under two [N, V].
+    `share` is what one token weighs in the batch's mean; the values returned are the same weighted sums.
     """
     leaf, total = states.detach().requires_grad_(), {"loss": 0.0, "kl": 0.0}
     for rows in torch.arange(len(leaf)).split(min(chunk, math.ceil(len(leaf) / 4))):
@@ -94,10 +95,12 @@ def accumulate(student, states, teacher_logits, loss, share, chunk=128):
         s, t, ones = s[:, :v], t[:, :v], torch.ones(len(s), device=s.device)
         value = loss(s, t, ones) * len(s) * share
         value.backward()
-        with torch.no_grad():
-            total["kl"] += (value if loss is reverse_kl else reverse_kl(s, t, ones) * len(s) * share).item()
         total["loss"] += value.item()
+        if loss not in (forward_kl, reverse_kl):
+            with torch.no_grad():
+                total["kl"] += reverse_kl(s, t, ones).item() * len(s) * share
     states.backward(leaf.grad)
+    total["kl"] = total["kl"] or total["loss"]
     return total
 
 
@@ -120,7 +123,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
             with torch.no_grad():
                 scored = completion_states(teacher, [p.teacher for p in prompts], answers)
             states = completion_states(student, [p.student for p in prompts], answers)
-            part = accumulate(student, states, lambda rows: _no_grad_head(teacher, scored[rows]), loss, 1 / tokens)
+            part = accumulate(student, states, functools.partial(_logits, teacher, scored), loss, 1 / tokens)
             total["loss"] += part["loss"]
             total["kl"] += part["kl"]
         return total
@@ -129,8 +132,8 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
 
 
 @torch.no_grad()
-def _no_grad_head(model, states):
-    return model.head(states)
+def _logits(teacher, states, rows):
+    return teacher.head(states[rows])
 
 
 def sft(model, batches, *, micro_batch=8, **optimization):
@@ -154,8 +157,8 @@ def sft(model, batches, *, micro_batch=8, **optimization):
 def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0, log=None, progress=True):
     """AdamW with linear warm-up, linear decay to zero and gradient clipping, one step a batch; trains in place.
 
-    gradients(batch) accumulates .grad and returns what to log: at least loss and tokens. log(dict) gets that with step, lr, grad_norm and
-    seconds. Parametrized weights are computed once a step, with their graph, and shared by everything in it.
+    gradients(batch) accumulates .grad and returns what to log: at least loss and tokens. log(dict) gets that with step, lr,
+    grad_norm and seconds. Parametrized weights are computed once a step, with their graph, and shared by everything in it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
@@ -167,9 +170,9 @@ def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, 
     for step, batch in enumerate(bar):
         began = time.perf_counter()
         with parametrize.cached():
-            for module in model.modules():
-                if parametrize.is_parametrized(module):
-                    module.weight  # into the cache, while gradients are on: the rollout's no_grad must not be first
+            for module in filter(parametrize.is_parametrized, model.modules()):
+                for name in module.parametrizations:
+                    getattr(module, name)  # into the cache while gradients are on: before the rollout's no_grad
             measured = gradients(batch)
         norm = clip_grad_norm_(parameters, clip).item()
         line = {"step": step, **measured, "lr": schedule.get_last_lr()[0], "grad_norm": norm}

@@ -3,8 +3,8 @@
     python train.py --degrade int4                  # SmolLM2-135M-Instruct, fetched once
     python train.py --degrade int3 --model DIR      # any GPT-2, Llama or Qwen2/2.5 folder
 
-The story, top to bottom: `prepare` reads everything and finds a user's mistakes; `run` measures the healthy model, measures the damaged
-one, recovers it with SDFT (§3), measures again; `report` prints, and writes DIR/results.json, metrics.jsonl, student/, report.png.
+The story, top to bottom: `prepare` reads everything and finds a user's mistakes; `execute` measures the healthy model and the
+damaged one, recovers it with SDFT (§3) and measures again; `save`, `report` and `draw` write what came of it to --out.
 
 Where this departs from the paper, or fills in what it leaves open, is listed in README.
 """
@@ -55,10 +55,10 @@ class Config:
     text: str = option("", "UTF-8 file to measure perplexity on (default: held-out part of Python's own documentation)")
     demo: bool = option(True, "show the teacher the expert demonstration")
     loss: str = option("forward_kl", "divergence between teacher and student", choices=list(sdft.LOSSES))
-    steps: int = option(24, "optimizer steps")
+    steps: int = option(20, "optimizer steps")
     batch_size: int = option(16, "prompts per step, one rollout each, shared evenly by the tasks")
     micro_batch: int = option(8, "prompts that go through the models together")
-    max_new_tokens: int = option(48, "longest rollout")
+    max_new_tokens: int = option(32, "longest rollout")
     text_tokens: int = option(16, "tokens of a text prompt")
     temperature: float = option(1.0, "of the rollouts")
     top_p: float = option(1.0, "nucleus of the rollouts")
@@ -106,10 +106,8 @@ def prepare(c):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
     quant.scheme_bits(c.degrade)
-    out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").unlink(missing_ok=True)  # a run that dies must not leave an earlier run's results
-    (out / "metrics.jsonl").write_text("")
+    if c.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {c.device}: this torch sees no CUDA device; use --device cpu")
     tasks = [data.load_task(name) for name in c.data.split(",")]
     measured = {t.name: t for t in [*tasks, *(data.load_task(name) for name in c.eval.split(",") if name)]}
     text = data.read_text(c.text) if c.text else data.split_text()[1]
@@ -120,21 +118,34 @@ def prepare(c):
     student = copy.deepcopy(teacher)
     quantized = quant.quantize_(student, c.degrade, c.group_size or None, c.symmetric)
 
-    splits = {f"{t.name}_{name}": examples[:c.eval_limit or None] for t in measured.values() for name, examples in t.eval.items()}
+    splits = {f"{t.name}_{name}": es[:c.eval_limit or None] for t in measured.values() for name, es in t.eval.items()}
     windows = data.text_windows(tokenizer, text)
-    batches = [[sdft.Prompt(data.student_prompt(tokenizer, e, c.text_tokens), data.teacher_prompt(tokenizer, e, c.demo, c.text_tokens))
-                for e in batch] for batch in data.batches(tasks, c.steps, c.batch_size, c.seed)]
-    longest = max(len(p.teacher) for batch in batches for p in batch) + c.max_new_tokens
-    longest = max([longest, *(len(data.student_prompt(tokenizer, e)) + c.answer_tokens for es in splits.values() for e in es)])
-    if longest > teacher.config.context_length:
-        raise ValueError(f"a prompt with its answer takes {longest} tokens, more than the model's context of {teacher.config.context_length}")
+    batches = [[sdft.Prompt(data.student_prompt(tokenizer, e, c.text_tokens),
+                            data.teacher_prompt(tokenizer, e, c.demo, c.text_tokens)) for e in batch]
+               for batch in data.batches(tasks, c.steps, c.batch_size, c.seed)]
+    longest = [len(p.teacher) + c.max_new_tokens for batch in batches for p in batch]
+    longest += [len(data.student_prompt(tokenizer, e)) + c.answer_tokens for es in splits.values() for e in es]
+    if max(longest) > teacher.config.context_length:
+        raise ValueError(f"a prompt with its answer takes {max(longest)} tokens, "
+                         f"more than the model's context of {teacher.config.context_length}")
     facts = {"model": str(folder), "parameters": sum(p.numel() for p in teacher.parameters()), "quantized_weights": quantized,
              "data_sha256": sha256(repr([[(e.prompt, e.response) for e in t.train] for t in tasks])),
              "eval_sha256": sha256(repr([[(e.prompt, e.response) for e in es] for es in splits.values()])),
              "eval_examples": {name: len(es) for name, es in splits.items()},
              "text_sha256": sha256(text), "text_tokens": sum(map(len, windows)), "text_window": len(windows[0]),
              "context_length": teacher.config.context_length}
+    prepare_out(Path(c.out))
     return Run(c, folder, tokenizer, teacher, student, batches, splits, windows, facts)
+
+
+def prepare_out(out):
+    """Make --out, last of all, and take away an earlier run's results, which a run that dies would leave standing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").unlink(missing_ok=True)
+        (out / "metrics.jsonl").write_text("")
+    except OSError as error:
+        raise OSError(f"cannot write to --out {out}: {error.strerror}; choose another folder") from None
 
 
 def sha256(text):
@@ -242,7 +253,7 @@ def execute(run):
                   for name, level in (("tokens", cka.token_level), ("samples", cka.sample_level))}
     results = {"config": dataclasses.asdict(c), "environment": environment(run),
                "stages": {name: {metric: m.value(metric) for metric in m.items} for name, m in stages.items()},
-               "recovered_fraction": {metric: recovered_fraction(healthy, degraded, recovered, metric) for metric in healthy.items},
+               "recovered_fraction": {m: recovered_fraction(healthy, degraded, recovered, m) for m in healthy.items},
                "cka": similarity, "seconds": seconds}
     return results, stages
 
@@ -298,19 +309,21 @@ def report(results, stages):
     lines, values, fraction = [""], results["stages"], results["recovered_fraction"]
     lines.append(f"{'':24}{'healthy':>10}{'degraded':>10}{'recovered':>10}{'recovered fraction':>20}")
     for metric, f in fraction.items():
+        name = metric if metric == "perplexity" else metric + " %"
         row = "".join(f"{values[stage][metric]:10.2f}" for stage in values)
-        lines.append(f"{metric + ('' if metric == 'perplexity' else ' %'):24}{row}{'within noise' if f is None else f'{f:.2f}':>20}")
+        lines.append(f"{name:24}{row}{'within noise' if f is None else f'{f:.2f}':>20}")
     for i, (prompt, _) in enumerate(stages["healthy"].answers):
         lines += ["", f"> {prompt}"] + [f"  {name:10} {' '.join(m.answers[i][1].split())}" for name, m in stages.items()]
     for level, by_stage in results["cka"].items():
         lines += ["", f"CKA with the healthy model over {level}, by layer"]
         for kind in ("linear", "linear_debiased"):
             least = min(min(by_stage[stage][kind]) for stage in by_stage)
-            lines += [f"  {kind:16}{stage:10} {chart(k[kind], least)}  last {k[kind][-1]:.4f}  mean {sum(k[kind]) / len(k[kind]):.4f}"
-                      for stage, k in by_stage.items()]
+            for stage in by_stage:
+                v = by_stage[stage][kind]
+                lines.append(f"  {kind:16}{stage:10} {chart(v, least)}  last {v[-1]:.4f}  mean {sum(v) / len(v):.4f}")
     e, s = results["environment"], results["seconds"]
-    lines += ["", f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} (text {e['text_sha256']}), "
-              f"train data {e['data_sha256']}, eval data {e['eval_sha256']} {e['eval_examples']}, seed {results['config']['seed']}",
+    lines += ["", f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} (text {e['text_sha256']}); "
+              f"train data {e['data_sha256']}; eval data {e['eval_sha256']} {e['eval_examples']}; seed {results['config']['seed']}",
               f"{sum(s.values()) / 60:.1f} minutes ({', '.join(f'{k} {v:.0f} s' for k, v in s.items())}), "
               f"peak memory {e['peak_memory_gib']:.1f} GiB, {e['processor']}, {e['threads']} threads"]
     return "\n".join(lines)
@@ -331,7 +344,7 @@ def draw(results, steps, path):
     from matplotlib import pyplot
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot([s["step"] + 1 for s in steps], [s["kl"] for s in steps])
-    left.set(title=f"Recovery from {results['config']['degrade']}", xlabel="step", ylabel="KL(student ‖ teacher), nats per token", ylim=0)
+    left.set(title=f"Recovery from {results['config']['degrade']}", xlabel="step", ylabel="KL, nats per token", ylim=0)
     for level, style in (("tokens", ":"), ("samples", "-")):
         for stage, color in (("degraded", "tab:red"), ("recovered", "tab:green")):
             values = results["cka"][level][stage]["linear_debiased"]

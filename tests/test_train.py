@@ -1,0 +1,175 @@
+"""The command line on a tiny random model: the whole job, its files, its errors."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_folder
+from transformers import AutoModelForCausalLM
+
+import train
+from model import GPT
+
+ROOT = Path(train.__file__).parent
+QUICK = ["--steps", "3", "--batch-size", "4", "--micro-batch", "2", "--max-new-tokens", "6", "--answer-tokens", "4",
+         "--eval-limit", "6", "--cka-samples", "5", "--group-size", "16", "--lr", "1e-3"]
+
+
+def job(folder, out, *more):
+    return train.main(["--model", str(folder), "--out", str(out), *QUICK, *more])
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def out(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    assert job(folder, out) == 0
+    return out
+
+
+def test_results_hold_what_the_contract_names(out):
+    r = results(out)
+    metrics = {"science_phrasing", "science_element", "perplexity"}
+    assert r["config"]["degrade"] == "int4" and r["config"]["seed"] == 0
+    assert set(r["stages"]) == {"healthy", "degraded", "recovered"}
+    assert all(set(stage) == metrics for stage in r["stages"].values()) and set(r["recovered_fraction"]) == metrics
+    assert r["stages"]["degraded"]["perplexity"] != r["stages"]["healthy"]["perplexity"]
+    for level in ("tokens", "samples"):
+        for stage in ("degraded", "recovered"):
+            assert [len(v) for v in r["cka"][level][stage].values()] == [2] * 4
+    assert set(r["seconds"]) == {"healthy", "degraded", "recover", "recovered"}
+    assert {"text_sha256", "text_tokens", "data_sha256", "eval_examples", "context_length"} <= set(r["environment"])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2] and all(line["loss"] > 0 for line in lines)
+    assert (out / "report.png").stat().st_size > 10_000
+
+
+def test_student_loaded_again_gives_the_recovered_numbers_again(folder, out):
+    run = train.prepare(train.parse(["--model", str(folder), "--out", str(out / "again"), *QUICK]))
+    again = train.measure(run, GPT.from_pretrained(out / "student").eval())
+    assert {m: again.value(m) for m in again.items} == results(out)["stages"]["recovered"]
+
+
+def test_student_loads_in_transformers_and_lies_on_the_grid(out):
+    ids = torch.randint(0, 259, (2, 20), generator=torch.Generator().manual_seed(0))
+    ours, theirs = GPT.from_pretrained(out / "student").eval(), AutoModelForCausalLM.from_pretrained(out / "student").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    for name, w in ours.named_parameters():
+        if name.endswith("_proj.weight"):
+            groups = w.detach().reshape(-1, 16)
+            steps = groups / groups.abs().amax(1, keepdim=True) * 7
+            torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+
+
+def test_same_seed_same_numbers_other_seed_other_rollouts(folder, out, tmp_path):
+    job(folder, tmp_path / "same")
+    job(folder, tmp_path / "other", "--seed", "1")
+    a, b, c = (results(p) for p in (out, tmp_path / "same", tmp_path / "other"))
+    assert a["stages"] == b["stages"] and a["cka"] == b["cka"]
+    assert a["stages"]["degraded"] == c["stages"]["degraded"] and a["stages"]["recovered"] != c["stages"]["recovered"]
+
+
+def test_other_tasks_losses_and_files(folder, tmp_path, capsys):
+    rows = [{"prompt": f"Say {w}.", "response": w} for w in "red green blue white black pink gold teal gray plum".split()]
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    choices = [{"prompt": "One and one is", "choices": ["two", "three"], "answer": 0},
+               {"contexts": ["The cat, black,", "The dog, black,"], "continuation": "purrs.", "answer": 0}] * 3
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, choices)))
+    (tmp_path / "own.txt").write_text("A text of one's own, to measure perplexity on. " * 40)
+    assert job(folder, tmp_path / "out", "--data", f"{tmp_path}/words.jsonl,tooluse", "--eval", f"{tmp_path}/choices.jsonl",
+               "--text", f"{tmp_path}/own.txt", "--loss", "jsd", "--no-demo", "--no-symmetric", "--degrade", "int2") == 0
+    r = results(tmp_path / "out")
+    assert set(r["stages"]["healthy"]) == {"words_held_out", "tooluse_request", "choices_held_out", "perplexity"}
+    assert "recovered fraction" in capsys.readouterr().out
+
+
+def test_best_choice_is_the_likeliest_one(folder):
+    """A model that only repeats: the continuation equal to what came before is likelier. Checked against plain forwards."""
+    run = train.prepare(train.parse(["--model", str(folder), "--out", str(folder / "out"), *QUICK]))
+    example = train.data.Example("", choices=[("abc", " xyz"), ("abc", " longer one")])
+    scores = []
+    for context, continuation in example.choices:
+        c, t = run.tokenizer.encode(context), run.tokenizer.encode(continuation)
+        with torch.no_grad():
+            logp = run.teacher(torch.tensor([c + t])).log_softmax(-1)[0]
+        scores.append(sum(logp[len(c) + i - 1, t[i]].item() for i in range(len(t))) / len(continuation))
+    assert train.best_choice(run.teacher, run.tokenizer, example) == scores.index(max(scores))
+
+
+def test_recovered_fraction_by_hand():
+    def measured(*items):
+        return train.Measurement({"accuracy": torch.tensor(items), "perplexity": torch.tensor(items).log()}, [], [])
+    healthy, degraded, recovered = measured(1., 1, 1, 1, 1), measured(0., 0, 0, 0, 1), measured(1., 1, 1, 0, 0)
+    assert train.recovered_fraction(healthy, degraded, recovered, "accuracy") == pytest.approx(0.5)
+    healthy, degraded, recovered = measured(10., 10), measured(20., 20), measured(12., 12)
+    assert train.recovered_fraction(healthy, degraded, recovered, "perplexity") == pytest.approx(0.8)
+    same = measured(1., 0, 1, 1)
+    assert train.recovered_fraction(same, measured(1., 0, 0, 1), same, "accuracy") is None  # 25 points, but 25 of noise
+
+
+def mistakes(tmp_path, folder):
+    """(what is wrong, the command line, what the message must say) for each mistake of a user's."""
+    def copy_with(name, change):
+        copy = make_folder(tmp_path / name)
+        change(copy)
+        return str(copy)
+
+    def edit_config(**entries):
+        def change(path):
+            config = json.loads((path / "config.json").read_text())
+            (path / "config.json").write_text(json.dumps(config | entries))
+        return change
+
+    def drop_tensor(path):
+        from safetensors.torch import load_file, save_file
+        tensors = load_file(path / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, path / "model.safetensors")
+
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\nnot json\n')
+    (tmp_path / "keys.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "a_file").write_text("")
+    m = ["--model", str(folder)]
+    return [
+        (["--model", str(tmp_path / "nowhere")], "nowhere"),
+        (["--model", copy_with("missing", drop_tensor)], "model.norm.weight"),
+        (["--model", copy_with("shape", edit_config(intermediate_size=96))], "shape"),
+        (["--model", copy_with("kind", edit_config(model_type="mamba"))], "mamba"),
+        (["--model", copy_with("short", edit_config(max_position_embeddings=64))], "context of 64"),
+        ([*m, "--degrade", "int9"], "int9"),
+        ([*m, "--group-size", "7"], "group_size 7"),
+        ([*m, "--data", "alchemy"], "alchemy"),
+        ([*m, "--data", f"{tmp_path}/empty.jsonl"], "empty.jsonl"),
+        ([*m, "--data", f"{tmp_path}/bad.jsonl"], "bad.jsonl:2"),
+        ([*m, "--data", f"{tmp_path}/keys.jsonl"], "keys.jsonl:1"),
+        ([*m, "--text", f"{tmp_path}/latin.txt"], "latin.txt"),
+        ([*m, "--text", f"{tmp_path}/a_file"], "a_file"),
+        ([*m, "--steps", "0"], "--steps"),
+        ([*m, "--out", f"{tmp_path}/a_file/out"], "--out"),
+    ]
+
+
+def test_a_mistake_is_one_clear_line_exit_code_2_and_nothing_written(folder, tmp_path, capsys):
+    for argv, says in mistakes(tmp_path, folder):
+        out = tmp_path / "out"
+        assert train.main([*QUICK, "--out", str(out), *argv]) == 2, argv
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and error[0].startswith("error: ") and says in error[0], (argv, error)
+        assert not out.exists(), argv
+
+
+def test_nothing_happens_on_import_and_help_names_every_field():
+    modules = "import cka, data, fetch, model, quant, sdft, train"
+    quiet = subprocess.run([sys.executable, "-c", modules], cwd=ROOT, capture_output=True, text=True)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    text = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for field in train.Config.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text

@@ -107,6 +107,9 @@ def sample_level(a, b):
     return {kind: value.tolist() for kind, value in _all_kinds(_z_score(x), _z_score(y)).items()}
 
 
+LEVELS = {"tokens": token_level, "samples": sample_level}
+
+
 def _z_score(x):
     return (x - x.mean(-2, keepdim=True)) / x.std(-2, keepdim=True).clamp(min=1e-12)
 

@@ -30,8 +30,8 @@ class Tokenizer:
     """A byte-level BPE vocabulary as a tiktoken Encoding.
 
     tiktoken merges the pair whose union has the lowest rank. Ranks here are the order of the merges, not the ids, so
-    that any byte-level BPE fits: `id_of[rank]` translates. A byte that the vocabulary lacks gets a rank of its own and no id, and is
-    dropped, as Hugging Face's tokenizers drops it: after the text was split, before its pieces are merged.
+    that any byte-level BPE fits: `id_of[rank]` translates. A byte that the vocabulary lacks gets a rank of its own and no id,
+    and is dropped, as Hugging Face's tokenizers drops it: after the text was split, before its pieces are merged.
     """
 
     def __init__(self, vocab, merges, pattern, added=(), normal_form=None, eos=None, chat_template=""):
@@ -417,13 +417,16 @@ def split_text():
 
 
 def text_windows(tokenizer, text, windows=16, length=256):
-    """Evenly spread windows of `length` token ids, all of a text that is shorter. ValueError for one under two tokens."""
+    """Evenly spread windows of token ids that do not overlap: at least 4, shorter ones if need be.
+
+    ValueError for a text of under 32 tokens, which is too short to measure a perplexity on.
+    """
     ids = tokenizer.encode(text)
-    if len(ids) < 2:
-        raise ValueError("the text is too short to measure a perplexity")
-    length = min(length, len(ids))
-    windows = max(1, min(windows, len(ids) // length))
-    starts = [i * (len(ids) - length) // max(1, windows - 1) for i in range(windows)]
+    if len(ids) < 32:
+        raise ValueError(f"a text of {len(ids)} tokens is too short to measure a perplexity on: give 32 or more")
+    length = min(length, len(ids) // 4)
+    windows = min(windows, len(ids) // length)
+    starts = [i * (len(ids) - length) // (windows - 1) for i in range(windows)]
     return [ids[s:s + length] for s in starts]
 
 

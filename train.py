@@ -157,11 +157,11 @@ def sha256(text):
 
 @dataclass
 class Measurement:
-    """One model's performance, item by item, its answers, and its hidden states."""
+    """One model's performance, item by item, three of its answers, and its likeness to the healthy model."""
 
     items: dict     # metric name -> [n]: 0/1 per example, or nats per token of a text window
-    answers: list   # to the first evaluation examples
-    hidden: list    # cka.hidden_states of the CKA sequences
+    answers: list   # (prompt, answer) of examples of the first split
+    cka: dict       # level -> kind -> [n_layer], against the healthy model (empty for itself)
 
     def value(self, metric):
         """Perplexity, or accuracy in percent."""
@@ -170,8 +170,8 @@ class Measurement:
 
 
 @torch.no_grad()
-def measure(run, model):
-    """Accuracy on every split, perplexity on the text windows, and the hidden states for CKA."""
+def measure(run, model, healthy_states=None):
+    """Accuracy on every split, perplexity on the text windows; and CKA with the healthy model, given its hidden states."""
     items, answers = {}, []
     with parametrize.cached():
         for name, examples in run.splits.items():
@@ -182,8 +182,11 @@ def measure(run, model):
             items[name] = torch.tensor([float(e.check(t)) for e, t in zip(examples, texts)])
             answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
         items["perplexity"] = torch.cat([nats(model, run.windows[i:i + 4]) for i in range(0, len(run.windows), 4)])
-        hidden = cka.hidden_states(model, cka_sequences(run))
-    return Measurement(items, answers[:: max(1, len(answers) // 3)][:3], hidden)
+        likeness = {}
+        if healthy_states:
+            states = cka.hidden_states(model, cka_sequences(run))
+            likeness = {name: level(states, healthy_states) for name, level in cka.LEVELS.items()}
+    return Measurement(items, answers[:: max(1, len(answers) // 3)][:3], likeness)
 
 
 def answer(model, tokenizer, examples, max_new_tokens):
@@ -212,10 +215,11 @@ def nats(model, windows):
 
 
 def cka_sequences(run):
-    """Prompt + ground truth (§4.2) of the first task's eval examples; windows of text where no task has any."""
+    """Prompt + ground truth (§4.2) of the first task's eval examples; windows of text where it has fewer than 4."""
     examples = [e for e in next(iter(run.splits.values()), []) if e.chat and e.response]
     examples = examples[:: max(1, len(examples) // run.config.cka_samples)][:run.config.cka_samples]
-    return [data.student_prompt(run.tokenizer, e) + run.tokenizer.answer(e.response) for e in examples] or run.windows
+    sequences = [data.student_prompt(run.tokenizer, e) + run.tokenizer.answer(e.response) for e in examples]
+    return sequences if len(sequences) >= 4 else run.windows
 
 
 def recovered_fraction(healthy, degraded, recovered, metric):
@@ -235,9 +239,10 @@ def execute(run):
     """Measure, recover, measure; returns results.json's content and the three Measurements."""
     c, seconds, stages = run.config, {}, {}
     with timed(seconds, "healthy"):
+        states = cka.hidden_states(run.teacher, cka_sequences(run))
         stages["healthy"] = measure(run, run.teacher)
     with timed(seconds, "degraded"):
-        stages["degraded"] = measure(run, run.student)
+        stages["degraded"] = measure(run, run.student, states)
     rollout = functools.partial(generate, max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p,
                                 eos_id=run.tokenizer.eos_id, generator=torch.Generator().manual_seed(c.seed),
                                 batch_size=c.batch_size)
@@ -247,14 +252,13 @@ def execute(run):
                      log=lambda line: print(json.dumps(line), file=log, flush=True))
     quant.bake_(run.student)
     with timed(seconds, "recovered"):
-        stages["recovered"] = measure(run, run.student)
+        stages["recovered"] = measure(run, run.student, states)
     healthy, degraded, recovered = stages.values()
-    similarity = {name: {stage: level(stages[stage].hidden, healthy.hidden) for stage in ("degraded", "recovered")}
-                  for name, level in (("tokens", cka.token_level), ("samples", cka.sample_level))}
+    likeness = {level: {stage: stages[stage].cka[level] for stage in ("degraded", "recovered")} for level in cka.LEVELS}
     results = {"config": dataclasses.asdict(c), "environment": environment(run),
                "stages": {name: {metric: m.value(metric) for metric in m.items} for name, m in stages.items()},
                "recovered_fraction": {m: recovered_fraction(healthy, degraded, recovered, m) for m in healthy.items},
-               "cka": similarity, "seconds": seconds}
+               "cka": likeness, "seconds": seconds}
     return results, stages
 
 
@@ -323,8 +327,9 @@ def report(results, stages):
                 lines.append(f"  {kind:16}{stage:10} {chart(v, least)}  last {v[-1]:.4f}  mean {sum(v) / len(v):.4f}")
     e, s = results["environment"], results["seconds"]
     lines += ["", f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} (text {e['text_sha256']}); "
-              f"train data {e['data_sha256']}; eval data {e['eval_sha256']} {e['eval_examples']}; seed {results['config']['seed']}",
-              f"{sum(s.values()) / 60:.1f} minutes ({', '.join(f'{k} {v:.0f} s' for k, v in s.items())}), "
+              f"train data {e['data_sha256']}; eval data {e['eval_sha256']} {e['eval_examples']}",
+              f"seed {results['config']['seed']}; {sum(s.values()) / 60:.1f} minutes "
+              f"({', '.join(f'{name} {value:.0f} s' for name, value in s.items())}), "
               f"peak memory {e['peak_memory_gib']:.1f} GiB, {e['processor']}, {e['threads']} threads"]
     return "\n".join(lines)
 

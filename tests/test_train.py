@@ -51,8 +51,10 @@ def test_results_hold_what_the_contract_names(out):
 
 def test_student_loaded_again_gives_the_recovered_numbers_again(folder, out):
     run = train.prepare(train.parse(["--model", str(folder), "--out", str(out / "again"), *QUICK]))
-    again = train.measure(run, GPT.from_pretrained(out / "student").eval())
+    states = train.cka.hidden_states(run.teacher, train.cka_sequences(run))
+    again = train.measure(run, GPT.from_pretrained(out / "student").eval(), states)
     assert {m: again.value(m) for m in again.items} == results(out)["stages"]["recovered"]
+    assert {level: again.cka[level] for level in again.cka} == {k: v["recovered"] for k, v in results(out)["cka"].items()}
 
 
 def test_student_loads_in_transformers_and_lies_on_the_grid(out):
@@ -104,7 +106,7 @@ def test_best_choice_is_the_likeliest_one(folder):
 
 def test_recovered_fraction_by_hand():
     def measured(*items):
-        return train.Measurement({"accuracy": torch.tensor(items), "perplexity": torch.tensor(items).log()}, [], [])
+        return train.Measurement({"accuracy": torch.tensor(items), "perplexity": torch.tensor(items).log()}, [], {})
     healthy, degraded, recovered = measured(1., 1, 1, 1, 1), measured(0., 0, 0, 0, 1), measured(1., 1, 1, 0, 0)
     assert train.recovered_fraction(healthy, degraded, recovered, "accuracy") == pytest.approx(0.5)
     healthy, degraded, recovered = measured(10., 10), measured(20., 20), measured(12., 12)

@@ -1,0 +1,256 @@
+"""Fake quantization: against torch.fake_quantize_per_channel_affine, cases worked by hand, and through AdamW and bake_."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from model import GPT, GPTConfig
+from quant import bake_, dequantize_int, fake_quantize, quantize_, quantize_int
+
+EVERY_GRID = [(bits, group_size, symmetric) for bits in range(2, 9) for group_size in (None, 16) for symmetric in (True, False)]
+every_grid = pytest.mark.parametrize("bits, group_size, symmetric", EVERY_GRID)
+
+
+def varied_weight(dtype=torch.float32):
+    """[8, 64]: ordinary, all-positive, all-negative, all-zero, outlier, tiny and huge rows, and zeros here and there."""
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    w[1], w[2], w[3], w[5], w[6] = w[1].abs() + 1, -w[2].abs() - 1, 0, w[5] * 1e-12, w[6] * 1e12
+    w[4, 5] = 50.0
+    w[:, ::7] = 0
+    return w.to(dtype)
+
+
+def integer_limits(bits, symmetric):
+    return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2 ** bits - 1)
+
+
+def torch_fake_quantize(w, bits, group_size, symmetric):
+    """The oracle: PyTorch's own kernel on our scales and zero points, a row per group."""
+    _, scale, zero_point = quantize_int(w.detach(), bits, group_size, symmetric)
+    rows = w.reshape(-1, group_size or w.size(1))
+    limits = integer_limits(bits, symmetric)
+    return torch.fake_quantize_per_channel_affine(rows, scale.flatten(), zero_point.flatten(), 0, *limits).reshape(w.shape)
+
+
+def value_and_grad(function, w, *grid):
+    w = w.clone().requires_grad_()
+    out = function(w, *grid)
+    out.backward(torch.randn(w.shape, generator=torch.Generator().manual_seed(1)))
+    return out.detach(), w.grad
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64, context_length=64)
+    return GPT(GPTConfig(**sizes | changes))
+
+
+def parametrized(model):
+    return {name for name, m in model.named_modules() if parametrize.is_parametrized(m)}
+
+
+def latent(linear):
+    return linear.parametrizations.weight.original
+
+
+@every_grid
+def test_equals_torch_forward_and_gradient(bits, group_size, symmetric):
+    w = varied_weight()
+    ours, our_grad = value_and_grad(fake_quantize, w, bits, group_size, symmetric)
+    theirs, their_grad = value_and_grad(torch_fake_quantize, w, bits, group_size, symmetric)
+    assert torch.equal(ours, theirs) and torch.equal(our_grad, their_grad)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_gradient_is_zero_exactly_where_asymmetric_clips(bits):
+    """On [-L/2, L/2], L = 2^b - 1: s = 1, z = 2^(b-1), so the largest weight asks for 2^b, one past the grid."""
+    half = (2 ** bits - 1) / 2
+    w = torch.arange(-half, half + 0.25, 0.5)[None]
+    ours, our_grad = value_and_grad(fake_quantize, w, bits, None, False)
+    theirs, their_grad = value_and_grad(torch_fake_quantize, w, bits, None, False)
+    assert torch.equal(ours, theirs) and torch.equal(our_grad, their_grad)
+    assert torch.equal(our_grad == 0, w == half)
+    assert ours[0, -1] == half - 0.5  # clipped from half + 0.5, what it would have been rounded to
+
+
+def test_symmetric_worked_by_hand():
+    """3 bits, q in [-3, 3]. First group s = 6/3 = 2; second s = 0.75/3 = 0.25; half way rounds to even."""
+    w = torch.tensor([[6.0, -1.1, 3.0, 0.9, -0.75, 0.3, 0.0, 0.375]])
+    q, scale, zero_point = quantize_int(w, 3, group_size=4)
+    assert scale.tolist() == [[2.0, 0.25]] and zero_point.tolist() == [[0, 0]]
+    assert q.tolist() == [[3, -1, 2, 0, -3, 1, 0, 2]]
+    assert fake_quantize(w, 3, 4).tolist() == [[6.0, -2.0, 4.0, 0.0, -0.75, 0.25, 0.0, 0.5]]
+
+
+def test_asymmetric_worked_by_hand():
+    """2 bits, q in [0, 3]. Mixed signs: s = (4 + 2)/3 = 2, z = 1. All positive or all negative: the range reaches to 0."""
+    w = torch.tensor([[-2.0, 4.0, 0.0, 1.2], [5.0, 6.0, 5.5, 2.9], [-3.0, -2.0, -1.4, -2.9]])
+    q, scale, zero_point = quantize_int(w, 2, symmetric=False)
+    assert scale.tolist() == [[2.0], [2.0], [1.0]] and zero_point.tolist() == [[1], [0], [3]]
+    assert q.tolist() == [[0, 3, 1, 2], [2, 3, 3, 1], [0, 1, 2, 0]]
+    assert fake_quantize(w, 2, symmetric=False).tolist() == [[-2, 4, 0, 2], [4, 6, 6, 2], [-3, -2, -1, -3]]
+
+
+@every_grid
+def test_error_is_at_most_half_a_step(bits, group_size, symmetric):
+    w = varied_weight()
+    _, scale, _ = quantize_int(w, bits, group_size, symmetric)
+    step = scale.repeat_interleave(w.size(1) // scale.size(1), dim=1)
+    error = (fake_quantize(w, bits, group_size, symmetric) - w).abs()
+    assert (error <= step / 2 + 1e-6 * w.abs()).all()  # clipping, where it happens, costs no more than half a step either
+    assert (error[w.abs() > 0] > step[w.abs() > 0] / 100).any()
+
+
+@every_grid
+def test_zero_stays_exactly_zero(bits, group_size, symmetric):
+    w = varied_weight()
+    out = fake_quantize(w, bits, group_size, symmetric)
+    assert (out[w == 0] == 0).all() and out.isfinite().all()
+    _, scale, _ = quantize_int(w, bits, group_size, symmetric)
+    assert (scale[3] == 1).all() and (scale > 0).all()  # row 3 is all zeros
+
+
+@every_grid
+def test_codes_are_small_integers_of_the_documented_shapes(bits, group_size, symmetric):
+    w = varied_weight()
+    q, scale, zero_point = quantize_int(w, bits, group_size, symmetric)
+    low, high = integer_limits(bits, symmetric)
+    assert q.dtype == (torch.int8 if symmetric else torch.uint8) and q.shape == w.shape
+    assert low <= q.min() and q.max() <= high
+    assert scale.shape == zero_point.shape == (8, 64 // (group_size or 64)) and not zero_point.is_floating_point()
+    assert low <= zero_point.min() and zero_point.max() <= high
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@every_grid
+def test_fake_quantize_is_dequantize_of_quantize(bits, group_size, symmetric, dtype):
+    w = varied_weight(dtype)
+    out = fake_quantize(w, bits, group_size, symmetric)
+    assert out.dtype == dtype and torch.equal(out, dequantize_int(*quantize_int(w, bits, group_size, symmetric)))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_more_bits_and_smaller_groups_err_less(symmetric):
+    w = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    error = [(fake_quantize(w, bits, 16, symmetric) - w).square().mean().item() for bits in range(2, 9)]
+    assert all(later < 0.5 * earlier for earlier, later in zip(error, error[1:]))
+    assert error[2] < (fake_quantize(w, 4, None, symmetric) - w).square().mean()
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(model_type="qwen2", qkv_bias=True, tie_embeddings=False),
+                                     dict(model_type="gpt2", n_kv_head=4, qkv_bias=True, out_bias=True, mlp_bias=True)])
+def test_quantize_touches_the_linears_of_the_blocks_and_nothing_else(changes):
+    model = tiny(**changes)
+    before = copy.deepcopy(model.state_dict())
+    mlp = ["up_proj", "down_proj"] + ["gate_proj"] * (model.config.model_type != "gpt2")
+    linears = {f"layers.{i}.{part}" for i in range(2)
+               for part in [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}" for x in mlp]}
+    assert quantize_(model, "int4", group_size=16) == sum(before[f"{name}.weight"].numel() for name in linears)
+    assert parametrized(model) == linears
+    after = {name.replace("parametrizations.weight.original", "weight"): w for name, w in model.state_dict().items()}
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    for name in linears:
+        expected = fake_quantize(before[f"{name}.weight"], 4, 16)
+        assert torch.equal(model.get_submodule(name).weight, expected) and not torch.equal(expected, before[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bake_leaves_ordinary_weights_on_the_grid(bits, group_size, symmetric):
+    """Baked values are s(q - z) exactly. Quantized again, they are the same to the bit if symmetric; asymmetric the codes are
+    the same, the scale to 1 ulp and so the weights to 2."""
+    model, plain = tiny(), tiny()
+    quantize_(model, f"int{bits}", group_size, symmetric)
+    assert bake_(model) is model and not parametrized(model)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    for name, p in plain.named_parameters():
+        baked = model.get_parameter(name)
+        assert type(baked) is nn.Parameter and baked.requires_grad and baked.is_leaf
+        if not name.endswith("proj.weight"):
+            assert torch.equal(baked, p)
+            continue
+        q, scale, zero_point = quantize_int(p.detach(), bits, group_size, symmetric)
+        assert torch.equal(baked, dequantize_int(q, scale, zero_point))
+        again, again_scale, again_zero_point = quantize_int(baked.detach(), bits, group_size, symmetric)
+        assert torch.equal(again, q) and torch.equal(again_zero_point, zero_point)
+        if symmetric:
+            assert torch.equal(again_scale, scale) and torch.equal(fake_quantize(baked, bits, group_size), baked)
+        else:
+            assert ((again_scale - scale).abs() <= torch.finfo().eps * scale).all()
+            ulp = torch.nextafter(baked.abs(), torch.tensor(torch.inf)) - baked.abs()
+            assert ((fake_quantize(baked, bits, group_size, False) - baked).abs() <= 2 * ulp).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_adamw_moves_the_latent_weights_and_the_effective_ones_stay_on_the_grid(symmetric):
+    model = tiny()
+    quantize_(model, "int3", 16, symmetric)
+    linears = [model.get_submodule(name) for name in parametrized(model)]
+    first = [(latent(x).detach().clone(), x.weight.detach().clone()) for x in linears]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    ids = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0))
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+
+    def most_values_in_a_group(w):
+        return max(len(group.unique()) for group in w.detach().reshape(-1, 16))
+
+    for linear, (old_latent, old_weight) in zip(linears, first):
+        assert not torch.equal(latent(linear), old_latent) and not torch.equal(linear.weight, old_weight)
+        assert most_values_in_a_group(linear.weight) <= 8 < most_values_in_a_group(latent(linear))
+        q, scale, zero_point = quantize_int(latent(linear).detach(), 3, 16, symmetric)
+        assert torch.equal(linear.weight, dequantize_int(q, scale, zero_point))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_two_backwards_through_one_cached_weight_equal_one_of_the_sum(symmetric):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    model[0].weight.data[0] = torch.tensor([-1.5, 1.5, 0.5, 0.0, 1.0, -1.0])  # clips at 1.5 with 2 asymmetric bits
+    quantize_(model, "int2", symmetric=symmetric)
+    x1, x2 = torch.randn(2, 5, 6)
+    (model(x1).square().sum() + model(x2).square().sum()).backward()
+    expected = latent(model[0]).grad.clone()
+    model.zero_grad()
+    with parametrize.cached():
+        assert model[0].weight is model[0].weight
+        for x in (x1, x2):
+            model(x).square().sum().backward()
+    torch.testing.assert_close(latent(model[0]).grad, expected, rtol=1e-6, atol=1e-6)
+    assert (expected[0, 1] == 0) == (not symmetric)
+
+
+@pytest.mark.parametrize("scheme", ["int9", "int1", "nf3", "", "int", "int44", "xint4", "INT4"])
+def test_unknown_scheme_is_an_error(scheme):
+    model = tiny()
+    with pytest.raises(ValueError, match="scheme"):
+        quantize_(model, scheme)
+    assert not parametrized(model)
+
+
+@pytest.mark.parametrize("function", [quantize_int, fake_quantize])
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
+def test_bits_out_of_range_are_an_error(function, bits):
+    with pytest.raises(ValueError, match="bits"):
+        function(torch.ones(2, 4), bits)
+
+
+def test_group_size_that_does_not_divide_is_an_error():
+    for function in (quantize_int, fake_quantize):
+        with pytest.raises(ValueError, match="group_size 12 does not divide the 32"):
+            function(torch.ones(2, 32), 4, 12)
+    with pytest.raises(ValueError, match="group_size 12 does not divide the 32"):
+        quantize_(tiny(), "int4", group_size=12)
+
+
+def test_group_size_that_fits_only_some_linears_leaves_the_model_untouched():
+    """32 divides every linear's inputs but down_proj's 48: an error must not leave the model half quantized."""
+    model = tiny(d_ff=48)
+    with pytest.raises(ValueError, match="group_size 32 does not divide the 48"):
+        quantize_(model, "int4", group_size=32)
+    assert not parametrized(model)

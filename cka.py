@@ -96,8 +96,10 @@ def hidden_states(model, sequences):
 
 def token_level(a, b):
     """§4.2: CKA over the tokens of each sequence, averaged over sequences; a, b from `hidden_states` -> {kind: [n_layer]}."""
-    a, b = zip(*[(x, y) for x, y in zip(a, b) if x.size(1) >= 4])
-    total = sum(torch.stack(list(_all_kinds(x, y).values())) for x, y in zip(a, b)) / len(a)
+    pairs = [(x, y) for x, y in zip(a, b) if x.size(1) >= 4]  # the debiased estimator needs as many
+    if not pairs:
+        raise ValueError("token-level CKA needs a sequence of at least 5 tokens")
+    total = sum(torch.stack(list(_all_kinds(x, y).values())) for x, y in pairs) / len(pairs)
     return dict(zip(KINDS, total.tolist()))
 
 

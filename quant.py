@@ -62,10 +62,11 @@ def grid(groups, bits, symmetric):
 
 
 def _grouped(w, group_size):
+    """w [out, in] -> [out, groups, group_size] in at least float32, in which the grid is computed."""
     size = group_size or w.size(1)
     if w.size(1) % size:
         raise ValueError(f"group_size {size} does not divide the {w.size(1)} inputs of a linear layer")
-    return w.reshape(w.size(0), -1, size)
+    return w.reshape(w.size(0), -1, size).to(torch.promote_types(w.dtype, torch.float32))
 
 
 def _round_to_grid(groups, scale, zero_point):
@@ -83,7 +84,7 @@ class _StraightThrough(torch.autograd.Function):
         scale, zero_point = grid(groups, bits, symmetric)
         q = _round_to_grid(groups, scale, zero_point)
         ctx.inside = None if symmetric else ((q >= low) & (q <= high)).reshape(w.shape)  # symmetric never clips
-        return q.clamp_(low, high).sub_(zero_point).mul_(scale).reshape(w.shape)
+        return q.clamp_(low, high).sub_(zero_point).mul_(scale).reshape(w.shape).to(w.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -114,12 +115,12 @@ def quantize_(model, scheme, group_size=None, symmetric=True):
 
     Returns the number of weights put on the grid. ValueError for an unknown scheme or a group size that does not fit.
     """
-    bits, count = scheme_bits(scheme), 0
-    for linear in block_linears(model):
-        _grouped(linear.weight, group_size)
+    bits, linears = scheme_bits(scheme), block_linears(model)
+    for linear in linears:
+        _grouped(linear.weight, group_size)  # every error comes before the first change
+    for linear in linears:
         parametrize.register_parametrization(linear, "weight", FakeQuantize(bits, group_size, symmetric))
-        count += linear.weight.numel()
-    return count
+    return sum(linear.weight.numel() for linear in linears)
 
 
 def bake_(model):

@@ -84,11 +84,11 @@ def accumulate(student, states, teacher_logits, loss, share, chunk=128):
     """Backpropagate `loss` from the head down to `states` [N, D], a chunk of tokens at a time; returns {loss, kl}.
 
     teacher_logits(rows) gives the teacher's [n, V] for a slice of rows. Logits exist for one chunk only, so that no [N, V]
-    block is ever whole; a chunk is at most a quarter of N, so that all of a chunk's blocks together stay under two [N, V].
+    block is ever whole; a chunk is at most a sixth of N, so that all of a chunk's blocks together stay under two [N, V].
     `share` is what one token weighs in the batch's mean; the values returned are the same weighted sums.
     """
     leaf, total = states.detach().requires_grad_(), {"loss": 0.0, "kl": 0.0}
-    for rows in torch.arange(len(leaf)).split(min(chunk, math.ceil(len(leaf) / 4))):
+    for rows in torch.arange(len(leaf)).split(min(chunk, math.ceil(len(leaf) / 6))):
         rows = slice(int(rows[0]), int(rows[-1]) + 1)
         s, t = student.head(leaf[rows]), teacher_logits(rows)
         v = min(s.size(-1), t.size(-1))  # a larger teacher's vocabulary may be padded further: compare the ids they share

@@ -128,7 +128,8 @@ def test_codes_are_small_integers_of_the_documented_shapes(bits, group_size, sym
 def test_fake_quantize_is_dequantize_of_quantize(bits, group_size, symmetric, dtype):
     w = varied_weight(dtype)
     out = fake_quantize(w, bits, group_size, symmetric)
-    assert out.dtype == dtype and torch.equal(out, dequantize_int(*quantize_int(w, bits, group_size, symmetric)))
+    assert out.dtype == dtype and torch.equal(
+        out, dequantize_int(*quantize_int(w, bits, group_size, symmetric)).to(dtype))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -26,11 +26,10 @@ every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 TEACHER, STUDENT = torch.tensor([[1.0, 1.0]]).log(), torch.tensor([[1.0, 3.0]]).log()
 
 
-def random_logits(n=12, v=7, seed=0, scale=1.5):
-    """Student and teacher logits [n, v] and a mask [n] that leaves some tokens out."""
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(2, n, v, generator=generator) * scale
-    return student.requires_grad_(), teacher.requires_grad_(), torch.arange(n) % 3 > 0
+def random_logits(n=12, v=7):
+    """A flat student's and a peaked teacher's logits [n, v], and a mask [n] that leaves some tokens out."""
+    student, teacher = torch.randn(2, n, v, generator=torch.Generator().manual_seed(0))
+    return (student / 2).requires_grad_(), (2 * teacher).requires_grad_(), torch.arange(n) % 3 > 0
 
 
 def tiny(seed=0, **changes):
@@ -201,12 +200,11 @@ def test_accumulate_equals_the_plain_backward(loss, chunk, tied):
 
     states = completion_states(student, prompts, completions)
     total = accumulate(student, states, lambda rows: scored[rows], loss, 1 / len(scored), chunk=chunk)
-    assert total["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert total["loss"] == pytest.approx(expected.item(), abs=1e-6)
     kl = forward_kl if loss is forward_kl else reverse_kl
-    assert total["kl"] == pytest.approx(kl(logits, scored, ones).item(), rel=1e-6)
-    scale = max(p.grad.abs().max() for p in plain.parameters())
+    assert total["kl"] == pytest.approx(kl(logits, scored, ones).item(), abs=1e-6)
     for name, p in plain.named_parameters():
-        assert (student.get_parameter(name).grad - p.grad).abs().max() <= 1e-6 * max(1, scale), name
+        assert (student.get_parameter(name).grad - p.grad).abs().max() <= 1e-6, name
 
 
 @pytest.mark.parametrize("student_v, teacher_v", [(64, 80), (80, 64)])
@@ -247,11 +245,10 @@ def peak_blocks(function, n, v):
     return live.peak / (4 * n * v)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES.values(), partial(jsd, beta=0.3)], ids=[*LOSSES.keys(), "jsd(0.3)"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_accumulate_never_holds_more_than_two_vocabulary_wide_blocks(loss, tied):
+@every_loss
+def test_accumulate_never_holds_more_than_two_vocabulary_wide_blocks(loss):
     n, v = 256, 2048
-    student, teacher = (tiny(seed, vocab_size=v, n_layer=1, d_model=8, n_head=1, n_kv_head=1, tie_embeddings=tied) for seed in (0, 1))
+    student, teacher = (tiny(seed, vocab_size=v, n_layer=1, d_model=8, n_head=1, n_kv_head=1) for seed in (0, 1))
     states, scored = torch.randn(n, 8, requires_grad=True), torch.randn(n, 8)
 
     def score(rows):
@@ -267,17 +264,17 @@ def test_accumulate_never_holds_more_than_two_vocabulary_wide_blocks(loss, tied)
 
 # ------------------------------------------------------------------------------------------------------------- recover
 
-@pytest.mark.parametrize("damage", ["int2", "int3", "noise"])
+@pytest.mark.parametrize("damage", ["int2", "noise"])
 @every_loss
 def test_recover_lowers_the_divergence_and_leaves_the_teacher_alone(damage, loss):
     teacher, lines = tiny(), []
     student = noisy(teacher) if damage == "noise" else copy.deepcopy(teacher)
-    if damage != "noise":
+    if damage == "int2":
         quantize_(student, damage, group_size=16)
     before = copy.deepcopy(teacher.state_dict())
-    recover(student, teacher, batches_of(30), rollout(), loss=loss, lr=1e-2, log=lines.append, progress=False)
+    recover(student, teacher, batches_of(1, rows=8) * 30, rollout(4), loss=loss, lr=3e-3, log=lines.append, progress=False)
     kl = [line["kl"] for line in lines]
-    assert sum(kl[-5:]) < 0.6 * sum(kl[:5])
+    assert sum(kl[-5:]) < 0.7 * sum(kl[:5])
     after = teacher.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert all(p.grad is None for p in teacher.parameters())
@@ -330,6 +327,15 @@ def test_micro_batch_does_not_change_the_result():
             torch.testing.assert_close(gradient, runs[0][1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_weights_are_quantized_once_a_step_for_rollout_and_every_micro_batch():
+    teacher, calls = tiny(), []
+    student = copy.deepcopy(teacher)
+    quantize_(student, "int3", group_size=16)
+    student.layers[0].mlp.up_proj.parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
+    recover(student, teacher, batches_of(3), rollout(), micro_batch=2, progress=False)
+    assert len(calls) == 3
+
+
 def test_log_lines_and_learning_rate():
     teacher, lines = tiny(), []
     recover(noisy(teacher), teacher, batches_of(6), rollout(5), lr=0.06, warmup=2, log=lines.append, progress=False)
@@ -362,14 +368,14 @@ def test_sft_gradient_is_cross_entropy_on_the_responses_only():
     model, lines = tiny(), []
     plain, gradients = copy.deepcopy(model), last_gradients(model)
     rows = list(zip(ragged(5, seed=1), ragged(5, seed=2)))
-    sft(model, [rows], micro_batch=2, log=lines.append, progress=False)
+    sft(model, [rows] * 2, micro_batch=2, lr=0.0, log=lines.append, progress=False)  # twice: steps must not add up
     losses = []
     for prompt, response in rows:
         logp = plain(torch.tensor([prompt + response]))[0].log_softmax(-1)
         losses += [-logp[len(prompt) - 1 + i, token] for i, token in enumerate(response)]
     expected = torch.stack(losses).mean()
     expected.backward()
-    assert lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-5) and lines[0]["tokens"] == len(losses)
+    assert lines[1]["loss"] == pytest.approx(expected.item(), rel=1e-5) and lines[1]["tokens"] == len(losses)
     for name, p in plain.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
 

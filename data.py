@@ -35,42 +35,43 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges, pattern, added=(), normal_form=None, eos=None, chat_template=""):
+        """added: tokenizer.json's added_tokens; they are found in a text before anything else is done with it."""
+        self.added = {t["content"]: t["id"] for t in added}
+        self.hidden = {t["id"] for t in added if t.get("special", True)}
         byte_of = {c: b for b, c in enumerate(bytes_to_unicode())}
-        singles = {bytes([b]): vocab.get(c) for c, b in byte_of.items()}
-        ids = dict(singles)
+        ids = {bytes([b]): vocab.get(c) for c, b in byte_of.items()}
+        self.lacks = bytes(token[0] for token, i in ids.items() if i is None)
         for left, right in merges:
             ids.setdefault(bytes(byte_of[c] for c in left + right), vocab[left + right])
         for token, i in sorted(vocab.items(), key=lambda item: item[1]):
-            if token not in added and all(c in byte_of for c in token):
+            if token not in self.added and all(c in byte_of for c in token):
                 ids.setdefault(bytes(byte_of[c] for c in token), i)
-        self.special = dict(added)
-        self.id_of = [*ids.values(), *self.special.values()]
+        self.id_of = list(ids.values())
+        self.bytes_of = {i: token for token, i in ids.items()} | {i: token.encode() for token, i in self.added.items()}
         ranks = {token: rank for rank, token in enumerate(ids)}
-        special_ranks = {token: len(ranks) + n for n, token in enumerate(self.special)}
-        self.encoding = tiktoken.Encoding("folder", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ranks)
-        self.pattern = pattern
-        self.lacks = "".join(chr(b) for b in range(128) if singles[bytes([b])] is None)
-        self.bytes_of = {i: token for token, i in ids.items() if i is not None}
-        self.bytes_of |= {i: token.encode() for token, i in self.special.items()}
-        self.normal_form, self.eos, self.chat_template = normal_form, eos, chat_template
-        self.eos_id = self.special.get(eos, vocab.get(eos))
+        self.encoding = tiktoken.Encoding("folder", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.pattern, self.normal_form, self.eos, self.chat_template = pattern, normal_form, eos, chat_template
+        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.split_added = re.compile(f"({'|'.join(longest_first)})").split if added else lambda text: [text]
+        self.eos_id = self.added.get(eos, vocab.get(eos))
 
     def encode(self, text):
         """str -> list of ids; special tokens written out in the text become their ids, as in Hugging Face's tokenizers."""
-        if self.normal_form:
-            text = unicodedata.normalize(self.normal_form, text)
-        if any(c in text for c in self.lacks):
-            parts = re.split("(" + "|".join(map(re.escape, self.special)) + ")", text) if self.special else [text]
-            pieces = [p for part in parts for p in ([part] if part in self.special else regex.findall(self.pattern, part))]
-            text_of = str.maketrans("", "", self.lacks)
-            ranks = [r for p in pieces for r in self.encoding.encode(p.translate(text_of), allowed_special="all")]
-        else:
-            ranks = self.encoding.encode(text, allowed_special="all")
-        return [i for i in map(self.id_of.__getitem__, ranks) if i is not None]
+        ids = []
+        for part in self.split_added(text):
+            ids += [self.added[part]] if part in self.added else self._encode_plain(part)
+        return ids
+
+    def _encode_plain(self, text):
+        text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+        if not set(text.encode("utf-8", errors="replace")).intersection(self.lacks):
+            return [self.id_of[rank] for rank in self.encoding.encode_ordinary(text)]
+        pieces = (piece.encode().translate(None, self.lacks) for piece in regex.findall(self.pattern, text))
+        return [self.id_of[rank] for piece in pieces if piece for rank in self.encoding._encode_single_piece(piece)]
 
     def decode(self, ids, keep_special=False):
         """ids -> str; special tokens are left out unless asked for, broken UTF-8 becomes U+FFFD."""
-        kept = ids if keep_special else [i for i in ids if i not in self.special.values()]
+        kept = ids if keep_special else [i for i in ids if i not in self.hidden]
         return b"".join(self.bytes_of.get(i, b"") for i in kept).decode("utf-8", errors="replace")
 
     def chat(self, messages):
@@ -79,7 +80,7 @@ class Tokenizer:
         ChatML (SmolLM2, Qwen2.5), with the template's own default system message when there is none; a model without
         ChatML tokens gets a plain transcript: `Question: … Answer:`.
         """
-        if "<|im_start|>" not in self.special:
+        if "<|im_start|>" not in self.added:
             text = {"system": "{}\n\n", "user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
             return self.encode("".join(text[m["role"]].format(m["content"]) for m in messages) + "Answer:")
         default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'{}]+?)<\|im_end\|>", self.chat_template)
@@ -90,7 +91,7 @@ class Tokenizer:
 
     def answer(self, text):
         """The ids of an assistant's answer to a `chat` prompt, end of turn included."""
-        return self.encode(text if "<|im_start|>" in self.special else " " + text) + [self.eos_id]
+        return self.encode(text if "<|im_start|>" in self.added else " " + text) + [self.eos_id]
 
 
 def bytes_to_unicode():
@@ -118,19 +119,21 @@ def load_tokenizer(folder):
             raise ValueError(f"{folder}/tokenizer.json: only byte-level BPE tokenizers are supported")
         vocab = spec["model"]["vocab"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
-        added = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        added = spec.get("added_tokens", [])
         pattern, form = _pattern(spec["pre_tokenizer"], folder), (spec.get("normalizer") or {}).get("type")
+        if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+            raise ValueError(f"{folder}/tokenizer.json: the normalizer {form} is not supported")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         vocab = _json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        added = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+        added = [{**t, "id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
         qwen = _json(folder / "config.json", {}).get("model_type") == "qwen2"
         pattern, form = (QWEN2_PATTERN, "NFC") if qwen else (GPT2_PATTERN, None)
-        added = added or {t: vocab[t] for t in ("<|endoftext|>",) if t in vocab}
+        added = added or [{"content": t, "id": vocab[t]} for t in ("<|endoftext|>",) if t in vocab]
     else:
         raise FileNotFoundError(f"no tokenizer.json, and no vocab.json with merges.txt, in {folder}")
-    eos = eos or ("<|im_end|>" if "<|im_end|>" in added else "<|endoftext|>")
+    eos = eos or ("<|im_end|>" if any(t["content"] == "<|im_end|>" for t in added) else "<|endoftext|>")
     tokenizer = Tokenizer(vocab, merges, pattern, added, form, eos, template)
     if tokenizer.eos_id is None:
         raise ValueError(f"{folder}: the end-of-text token {eos!r} is not in the vocabulary")
@@ -139,13 +142,16 @@ def load_tokenizer(folder):
 
 def _pattern(spec, folder):
     """The one regular expression that splits as a tokenizer.json's pre_tokenizer does."""
+    spec = spec or {"type": "null"}
     steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
+    kinds, by_regex = [step["type"] for step in steps], steps[-1].get("use_regex", True)
+    if steps[-1].get("add_prefix_space"):
+        kinds.append("add_prefix_space")
+    if kinds == ["ByteLevel"] and by_regex:
         return GPT2_PATTERN
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and by_regex:
         return DIGITS_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
+    if kinds == ["Split", "ByteLevel"] and not by_regex:
         return steps[0]["pattern"]["Regex"]
     raise ValueError(f"{folder}/tokenizer.json: the pre-tokenizer {' + '.join(kinds)} is not supported")
 
@@ -247,17 +253,25 @@ def science():
         fact = {"symbol": ELEMENTS[2 * number - 2], "name": ELEMENTS[2 * number - 1].lower(), "number": number}
         for kind, (demonstration, key, phrasings) in FACTS.items():
             for i, phrasing in enumerate(phrasings):
-                example = Example(phrasing.format(**fact), demonstration.format(**fact),
-                                  contains(key.format(**fact), exact_case=kind == "symbol"),
+                check = contains_symbol if kind == "symbol" else contains
+                example = Example(phrasing.format(**fact), demonstration.format(**fact), check(key.format(**fact)),
                                   "Answer the chemistry question in one short sentence.")
                 split = evaluate["element"] if number in held_out else evaluate["phrasing"] if i == 0 else train
                 split.append(example)
     return Task("science", train, evaluate)
 
 
-def contains(key, exact_case=False):
-    """A checker: the key stands in the answer as a word of its own."""
-    word = re.compile(rf"(?<!\w){re.escape(key)}(?!\w)", 0 if exact_case else re.IGNORECASE)
+def contains(key):
+    """A checker: the key stands in the answer as a word of its own, in whatever case."""
+    word = re.compile(rf"(?<!\w){re.escape(key)}(?!\w)", re.IGNORECASE)
+    return lambda answer: word.search(answer) is not None
+
+
+def contains_symbol(symbol):
+    """A checker: the symbol stands in the answer, in its own case, and does not merely open a sentence: the I of
+    "I cannot say" is not iodine, the In of "In chemistry" not indium."""
+    pronoun = "(?!['’ ][a-z])" if symbol == "I" else ""
+    word = re.compile(rf"(?<!\w)(?<!\A)(?<![.!?]\s){symbol}(?!\w){pronoun}|\A\W*{symbol}(\W*\Z| is the | stands for )")
     return lambda answer: word.search(answer) is not None
 
 
@@ -312,11 +326,13 @@ def _schema(arguments):
 
 
 def same_json(expected):
-    """A checker: the first JSON object in the answer parses to this one, keys in any order."""
+    """A checker: the first JSON object in the answer parses to this one, keys in any order (and 1 is not true)."""
+    wanted = json.dumps(expected, sort_keys=True)
+
     def check(answer):
         start = answer.find("{")
         try:
-            return start >= 0 and json.JSONDecoder().raw_decode(answer[start:])[0] == expected
+            return start >= 0 and json.dumps(json.JSONDecoder().raw_decode(answer[start:])[0], sort_keys=True) == wanted
         except ValueError:
             return False
     return check
@@ -341,7 +357,12 @@ def load_task(name):
         raise FileNotFoundError(f"no task or file {name!r}: name science, tooluse, text, or a .jsonl or text file")
     if path.suffix != ".jsonl":
         return text_task(path.stem, read_text(path))
-    examples = [_example(json_line, f"{path}:{n}") for n, json_line in read_jsonl(path)]
+    first_line = {}  # a row that is there twice would stand in both splits
+    for n, row in read_jsonl(path):
+        first_line.setdefault(json.dumps(row), (n, row))
+    examples = [_example(row, f"{path}:{n}") for n, row in first_line.values()]
+    if len(examples) < 2:
+        raise ValueError(f"{path}: one example cannot be both trained on and held out")
     random.Random(0).shuffle(examples)
     cut = max(1, len(examples) // 5)
     return Task(path.stem, examples[cut:], {"held_out": examples[:cut]})
@@ -349,7 +370,7 @@ def load_task(name):
 
 def text_task(name, text):
     """Prompts to continue, for a bare teacher: the paragraphs of a text that are long enough to start from."""
-    paragraphs = [p.strip() for p in re.split(r"\n\s*\n", text) if len(p) >= 160]
+    paragraphs = [p.strip() for p in _paragraphs(text) if len(p.strip()) >= 160]
     if not paragraphs:
         raise ValueError(f"the text of {name!r} has no paragraph of 160 characters to continue")
     return Task(name, [Example(p, chat=False) for p in paragraphs], {})
@@ -358,7 +379,7 @@ def text_task(name, text):
 def read_jsonl(path):
     """[(line number, object), …] of a JSON-lines file, blank lines left out."""
     lines = []
-    for n, line in enumerate(read_text(path).splitlines(), 1):
+    for n, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 lines.append((n, json.loads(line)))
@@ -370,6 +391,8 @@ def read_jsonl(path):
 def _example(row, where):
     """An Example from one JSON object: {"prompt", "response"} or one of the two multiple-choice forms."""
     try:
+        if not isinstance(row.get("prompt", ""), str) or not isinstance(row.get("answer", 0), int) or row.get("answer", 0) < 0:
+            raise TypeError
         if "response" in row:
             return Example(row["prompt"], row["response"], same_answer(row["response"]))
         if "choices" in row:
@@ -413,7 +436,13 @@ def split_text():
     It differs a little between Python versions, so the hash of what was measured is reported beside each perplexity.
     """
     topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
-    return ("\n\n".join(t for i, t in enumerate(topics) if i % 4), "\n\n".join(topics[::4]))
+    held_out = {p.strip() for topic in topics[::4] for p in _paragraphs(topic)}  # some topics quote others
+    train = [p for i, topic in enumerate(topics) if i % 4 for p in _paragraphs(topic) if p.strip() not in held_out]
+    return "\n\n".join(train), "\n\n".join(topics[::4])
+
+
+def _paragraphs(text):
+    return re.split(r"\n\s*\n", text)
 
 
 def text_windows(tokenizer, text, windows=16, length=256):
@@ -426,7 +455,7 @@ def text_windows(tokenizer, text, windows=16, length=256):
         raise ValueError(f"a text of {len(ids)} tokens is too short to measure a perplexity on: give 32 or more")
     length = min(length, len(ids) // 4)
     windows = min(windows, len(ids) // length)
-    starts = [i * (len(ids) - length) // (windows - 1) for i in range(windows)]
+    starts = [i * (len(ids) - length) // max(1, windows - 1) for i in range(windows)]
     return [ids[s:s + length] for s in starts]
 
 

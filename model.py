@@ -289,7 +289,7 @@ class GPT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        config = {**self.config.to_hf(), "torch_dtype": dtype}
+        config = {**self.config.to_hf(), "torch_dtype": dtype, "dtype": dtype}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
 
@@ -318,11 +318,14 @@ def _existing(path):
 
 
 def _read_safetensors(folder):
-    """All tensors of a folder, from the files its index names or from every *.safetensors in it."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    if index.exists():
-        files = [_existing(folder / name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    """All tensors of a folder: from model.safetensors, else from the shards its index names, else from every *.safetensors."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if index.exists() and not single.exists():
+        try:
+            files = [_existing(folder / name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{index}: not an index of safetensors files ({error})") from None
     _require(files, f"{folder}: no *.safetensors file in it")
     tensors = {}
     for file in files:

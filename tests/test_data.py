@@ -132,7 +132,13 @@ def test_ids_equal_hugging_face(pair, seed):
 def test_special_tokens_in_the_text_become_their_ids(pair):
     theirs, ours = pair
     ids = ours.encode("<|im_start|>user\n<|im_end|><|endoftext|>")
-    assert [i for i in ids if i in ours.special.values()] == [theirs.token_to_id(t) for t in (SPECIAL[1], SPECIAL[2], SPECIAL[0])]
+    assert [i for i in ids if i in ours.added.values()] == [theirs.token_to_id(t) for t in (SPECIAL[1], SPECIAL[2], SPECIAL[0])]
+
+
+def test_a_special_token_is_found_before_the_text_is_normalized(tmp_path):
+    """NFC joins '>' and a following U+0338 into one character; the token before it is a token all the same."""
+    theirs, text = write(train("qwen2"), tmp_path), "a<|im_end|>\u0338b"
+    assert load_tokenizer(tmp_path).encode(text) == theirs.encode(text).ids
 
 
 @pytest.mark.parametrize("kind", PRE_TOKENIZERS)
@@ -189,6 +195,19 @@ def test_decode_inverts_encode_and_drops_special_tokens(pair):
         if theirs.normalizer is None:
             assert ours.decode(ours.encode(plain)) == plain or any(t in plain for t in SPECIAL), repr(text)
             assert ours.decode(ids, keep_special=True) == text, repr(text)
+
+
+def add_tool_call(spec):
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": len(spec["model"]["vocab"]), "content": "<tool_call>",
+                                 "special": False})
+
+
+def test_decode_keeps_added_tokens_that_are_not_special(tmp_path):
+    """As <tool_call> of Qwen2.5: one token, yet part of the answer."""
+    theirs, text = write(train("qwen2"), tmp_path, add_tool_call), "<tool_call>{}<|im_end|>"
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode(text) == theirs.encode(text).ids
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text).ids) == "<tool_call>{}"
 
 
 def test_decode_of_half_a_character_is_a_replacement_character(pair):
@@ -294,7 +313,7 @@ def test_chat_without_chatml_is_a_plain_transcript(tmp_path):
     assert ours.decode(ours.chat([USER])) == f"Question: {USER['content']}\nAnswer:"
     assert ours.decode(ours.chat([SYSTEM, USER])) == f"{SYSTEM['content']}\n\nQuestion: {USER['content']}\nAnswer:"
     assert ours.decode(ours.chat(CONVERSATIONS[2])).count("Answer: Au\n\nQuestion:") == 1
-    assert ours.decode(ours.answer("Au")) == " Au" and ours.answer("Au")[-1] == ours.special["<|endoftext|>"]
+    assert ours.decode(ours.answer("Au")) == " Au" and ours.answer("Au")[-1] == ours.added["<|endoftext|>"]
 
 
 def set_model(**changes):

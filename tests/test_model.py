@@ -172,6 +172,7 @@ def test_save_pretrained_loads_in_transformers_and_here(pair, tmp_path):
     oracle, ours = pair
     changed = randomise(GPT(ours.config), seed=3)
     changed.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     same_logits(theirs, changed)

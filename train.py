@@ -66,7 +66,7 @@ class Config:
     warmup: int = option(4, "steps of linear warm-up, before a linear decay to 0")
     weight_decay: float = option(0.0, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient")
-    answer_tokens: int = option(16, "longest answer in an evaluation")
+    answer_tokens: int = option(0, "longest answer in an evaluation; 0: that of its split's longest demonstration")
     eval_limit: int = option(0, "examples of each evaluation split; 0: all")
     cka_samples: int = option(96, "evaluation sequences for CKA")
     seed: int = option(0, "of the order of the data and of the rollouts")
@@ -102,7 +102,7 @@ class Run:
 
 def prepare(c):
     """Read and check everything; ValueError or OSError, in one line, for a user's mistake."""
-    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "answer_tokens", "cka_samples"):
+    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
     quant.scheme_bits(c.degrade)
@@ -124,7 +124,8 @@ def prepare(c):
                             data.teacher_prompt(tokenizer, e, c.demo, c.text_tokens)) for e in batch]
                for batch in data.batches(tasks, c.steps, c.batch_size, c.seed)]
     longest = [len(p.teacher) + c.max_new_tokens for batch in batches for p in batch]
-    longest += [len(data.student_prompt(tokenizer, e)) + c.answer_tokens for es in splits.values() for e in es]
+    for es in splits.values():
+        longest.append(max(len(data.student_prompt(tokenizer, e)) for e in es) + answer_tokens(c, tokenizer, es))
     if max(longest) > teacher.config.context_length:
         raise ValueError(f"a prompt with its answer takes {max(longest)} tokens, "
                          f"more than the model's context of {teacher.config.context_length}")
@@ -178,7 +179,7 @@ def measure(run, model, healthy_states=None):
             if examples[0].choices:
                 items[name] = torch.tensor([float(best_choice(model, run.tokenizer, e) == e.answer) for e in examples])
                 continue
-            texts = answer(model, run.tokenizer, examples, run.config.answer_tokens)
+            texts = answer(model, run.tokenizer, examples, answer_tokens(run.config, run.tokenizer, examples))
             items[name] = torch.tensor([float(e.check(t)) for e, t in zip(examples, texts)])
             answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
         items["perplexity"] = torch.cat([nats(model, run.windows[i:i + 4]) for i in range(0, len(run.windows), 4)])
@@ -187,6 +188,11 @@ def measure(run, model, healthy_states=None):
             states = cka.hidden_states(model, cka_sequences(run))
             likeness = {name: level(states, healthy_states) for name, level in cka.LEVELS.items()}
     return Measurement(items, answers[:: max(1, len(answers) // 3)][:3], likeness)
+
+
+def answer_tokens(c, tokenizer, examples):
+    """How many tokens an answer to these examples may take."""
+    return c.answer_tokens or max(len(tokenizer.answer(e.response)) for e in examples)
 
 
 def answer(model, tokenizer, examples, max_new_tokens):

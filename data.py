@@ -363,6 +363,8 @@ def load_task(name):
     examples = [_example(row, f"{path}:{n}") for n, row in first_line.values()]
     if len(examples) < 2:
         raise ValueError(f"{path}: one example cannot be both trained on and held out")
+    if len({bool(e.choices) for e in examples}) == 2:
+        raise ValueError(f"{path}: multiple choice and other rows cannot share a file")
     random.Random(0).shuffle(examples)
     cut = max(1, len(examples) // 5)
     return Task(path.stem, examples[cut:], {"held_out": examples[:cut]})

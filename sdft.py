@@ -155,7 +155,7 @@ def sft(model, batches, *, micro_batch=8, **optimization):
 
 
 def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0, log=None, progress=True):
-    """AdamW with linear warm-up, linear decay to zero and gradient clipping, one step a batch; trains in place.
+    """AdamW with gradient clipping, one step a batch, in place; lr warms up linearly and decays to 0 over the second half.
 
     gradients(batch) accumulates .grad and returns what to log: at least loss and tokens. log(dict) gets that with step, lr,
     grad_norm and seconds. Parametrized weights are computed once a step, with their graph, and shared by everything in it.
@@ -164,7 +164,7 @@ def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, 
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (warmup + 1), (len(batches) - step) / max(1, len(batches) - warmup)))
+        optimizer, lambda step: min((step + 1) / (warmup + 1), 1, 2 * (1 - step / len(batches))))
     model.train()
     bar = tqdm(batches, desc="recover", unit="step", disable=not progress)
     for step, batch in enumerate(bar):

@@ -9,6 +9,7 @@ damaged one, recovers it with SDFT (§3) and measures again; `save`, `report` an
 Where this departs from the paper, or fills in what it leaves open, is listed in README.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -63,7 +64,7 @@ class Config:
     temperature: float = option(1.0, "of the rollouts")
     top_p: float = option(1.0, "nucleus of the rollouts")
     lr: float = option(1e-4, "peak learning rate of AdamW")
-    warmup: int = option(4, "steps of linear warm-up, before a linear decay to 0")
+    warmup: int = option(2, "steps of linear warm-up; the second half of the steps decays to 0")
     weight_decay: float = option(0.0, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient")
     answer_tokens: int = option(0, "longest answer in an evaluation; 0: that of its split's longest demonstration")
@@ -119,7 +120,7 @@ def prepare(c):
     quantized = quant.quantize_(student, c.degrade, c.group_size or None, c.symmetric)
 
     splits = {f"{t.name}_{name}": es[:c.eval_limit or None] for t in measured.values() for name, es in t.eval.items()}
-    windows = data.text_windows(tokenizer, text)
+    windows = data.text_windows(tokenizer, text, length=min(256, teacher.config.context_length))
     batches = [[sdft.Prompt(data.student_prompt(tokenizer, e, c.text_tokens),
                             data.teacher_prompt(tokenizer, e, c.demo, c.text_tokens)) for e in batch]
                for batch in data.batches(tasks, c.steps, c.batch_size, c.seed)]
@@ -268,17 +269,12 @@ def execute(run):
     return results, stages
 
 
-class timed:
-    """Context manager: seconds[name] = how long its body took."""
-
-    def __init__(self, seconds, name):
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self):
-        self.began = time.perf_counter()
-
-    def __exit__(self, *exception):
-        self.seconds[self.name] = time.perf_counter() - self.began
+@contextlib.contextmanager
+def timed(seconds, name):
+    """seconds[name] = how long the body took."""
+    began = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - began
 
 
 def environment(run):

@@ -343,7 +343,7 @@ def test_log_lines_and_learning_rate():
     assert all(line.keys() == {"step", "loss", "kl", "tokens", "lr", "grad_norm", "seconds"} for line in lines)
     assert all(isinstance(x, (int, float)) and math.isfinite(x) for line in lines for x in line.values())
     assert all(line["tokens"] == 4 * 5 and line["grad_norm"] > 0 and line["seconds"] > 0 for line in lines)
-    assert [line["lr"] for line in lines] == pytest.approx([0.02, 0.04, 0.06, 0.045, 0.03, 0.015])
+    assert [line["lr"] for line in lines] == pytest.approx([0.02, 0.04, 0.06, 0.06, 0.04, 0.02])
 
 
 def test_same_seeds_give_the_same_student_bit_for_bit_and_no_global_generator_is_touched():

@@ -21,7 +21,7 @@ def smollm2():
 
 
 def test_int4_hurts_and_a_few_steps_of_recovery_help(smollm2, tmp_path):
-    argv = ["--degrade", "int4", "--steps", "3", "--lr", "1e-4", "--warmup", "1", "--eval-limit", "24", "--cka-samples", "8",
+    argv = ["--degrade", "int4", "--steps", "3", "--lr", "1e-4", "--warmup", "1", "--eval-limit", "60", "--cka-samples", "8",
             "--out", str(tmp_path)]
     assert train.main(argv) == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -5,6 +5,7 @@ samples), d features, K = H H^T the Gram matrix [n, n]. Leading dimensions, such
 computed in float64: near 1, the differences that matter are in the third digit and beyond.
 """
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 KINDS = ("linear", "linear_debiased", "rbf", "rbf_debiased")
 
@@ -86,11 +87,13 @@ def hidden_states(model, sequences):
 
     The first token is left out: its huge norm would decide every similarity by itself.
     """
-    device = model.embed_tokens.weight.device
-    states = []
-    for ids in sequences:
-        _, layers = model.backbone(torch.tensor([ids], device=device), hidden=True)
-        states.append(torch.stack(layers)[:, 0, 1:].float().cpu())
+    device, states = model.embed_tokens.weight.device, [None] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # rows of like length together, little padding
+    for batch in (order[start:start + 8] for start in range(0, len(order), 8)):
+        ids = pad_sequence([torch.tensor(sequences[i]) for i in batch], batch_first=True).to(device)
+        layers = torch.stack(model.backbone(ids, hidden=True)[1]).float().cpu()  # [n_layer, B, T, D]
+        for row, i in enumerate(batch):
+            states[i] = layers[:, row, 1:len(sequences[i])].clone()
     return states
 
 

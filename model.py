@@ -105,16 +105,35 @@ def apply_rope(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def linear(x, w, b=None):
+    """x [..., in] -> [..., out], as one matrix product. For the few rows of a decoding step on a CPU the weight goes on the
+    left, where BLAS streams it a fifth faster; the result is the same up to rounding."""
+    rows = x.reshape(-1, x.size(-1))
+    if x.device.type == "cpu" and len(rows) <= 48 and not torch.is_grad_enabled():
+        y = (w @ rows.T).T
+        y = y if b is None else y + b
+    else:
+        y = F.linear(rows, w, b)
+    return y.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped key-value heads."""
 
     def __init__(self, c):
         super().__init__()
         self.c = c
-        self.q_proj = nn.Linear(c.d_model, c.n_head * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
+        self.q_proj = Linear(c.d_model, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
 
     def forward(self, x, rope, memory):
         """x [B, T, D] -> [B, T, D]; rope is (cos, sin) or None; memory is (k, v, positions, mask) of this layer or None."""
@@ -143,9 +162,9 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         if c.model_type != "gpt2":
-            self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
+            self.gate_proj = Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
+        self.up_proj = Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
+        self.down_proj = Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
         self.gated = c.model_type != "gpt2"
 
     def forward(self, x):
@@ -182,7 +201,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = type(self.layers[0].input_layernorm)(c.d_model, eps=c.norm_eps)
         if not c.tie_embeddings:
-            self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+            self.lm_head = Linear(c.d_model, c.vocab_size, bias=False)
 
     def forward(self, ids, mask=None, cache=None, hidden=False):
         """ids [B, T] -> logits [B, T, V]; with hidden=True -> (logits, hidden). Arguments as `backbone`."""
@@ -192,9 +211,9 @@ class GPT(nn.Module):
         return self.head(self.backbone(ids, mask, cache))
 
     def head(self, x):
-        """Final hidden states [..., D] -> logits [..., V]. The rows go through the head as one contiguous matrix."""
+        """Final hidden states [..., D] -> logits [..., V]."""
         w = self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
-        return F.linear(x.reshape(-1, x.size(-1)), w).view(*x.shape[:-1], -1)
+        return linear(x, w)
 
     def backbone(self, ids, mask=None, cache=None, hidden=False):
         """ids [B, T] -> final hidden states [B, T, D], after the last norm.

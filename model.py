@@ -105,6 +105,17 @@ def apply_rope(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def unpack(x, prefix, rows):
+    """x [1, P + rows T, ...], P tokens that all rows begin with and then each row's own -> whole rows [rows, P + T, ...]."""
+    own = x[0, prefix:].unflatten(0, (rows, -1))
+    return torch.cat((x[:, :prefix].expand(rows, -1, *own.shape[2:]), own), dim=1)
+
+
+def pack(x, prefix):
+    """The inverse: [rows, P + T, ...] -> [1, P + rows T, ...]; the prefix is taken from the first row."""
+    return torch.cat((x[0, :prefix], x[:, prefix:].flatten(0, 1)))[None]
+
+
 def linear(x, w, b=None):
     """x [..., in] -> [..., out], as one matrix product. For the few rows of a decoding step on a CPU the weight goes on the
     left, where BLAS streams it a fifth faster; the result is the same up to rounding."""
@@ -135,14 +146,17 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
 
-    def forward(self, x, rope, memory):
-        """x [B, T, D] -> [B, T, D]; rope is (cos, sin) or None; memory is (k, v, positions, mask) of this layer or None."""
+    def forward(self, x, rope, memory, shared):
+        """x [B, T, D] -> [B, T, D]; rope is (cos, sin) or None; memory is (k, v, positions, mask) of this layer or None.
+        shared is None or (P, rows): then x is [1, P + rows T, D], see `unpack`."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.c.head_dim)  # [B, T, H, K]
         k = self.k_proj(x).view(B, T, -1, self.c.head_dim)  # [B, T, G, K]
         v = self.v_proj(x).view(B, T, -1, self.c.head_dim)
         if rope:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if shared:
+            q, k, v = (unpack(z, *shared) for z in (q, k, v))
         causal, mask = True, None
         if memory:
             past_k, past_v, positions, mask = memory
@@ -150,10 +164,12 @@ class Attention(nn.Module):
             past_k[rows, positions], past_v[rows, positions] = k, v  # right padding is overwritten by what comes next
             if mask is not None:
                 S = mask.size(-1)
-                causal, k, v = False, past_k[:, :S], past_v[:, :S]
+                causal, q, k, v = False, q.contiguous(), past_k[:, :S], past_v[:, :S]  # strided q: a slower kernel
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                           is_causal=causal, enable_gqa=self.c.n_kv_head < self.c.n_head)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+                                           is_causal=causal, enable_gqa=self.c.n_kv_head < self.c.n_head).transpose(1, 2)
+        if shared:
+            y = pack(y, shared[0])
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -184,8 +200,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm(c.d_model, eps=c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, memory):
-        x = x + self.self_attn(self.input_layernorm(x), rope, memory)
+    def forward(self, x, rope, memory, shared):
+        x = x + self.self_attn(self.input_layernorm(x), rope, memory, shared)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -215,23 +231,28 @@ class GPT(nn.Module):
         w = self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
         return linear(x, w)
 
-    def backbone(self, ids, mask=None, cache=None, hidden=False):
+    def backbone(self, ids, mask=None, cache=None, hidden=False, prefix=()):
         """ids [B, T] -> final hidden states [B, T, D], after the last norm.
 
         mask [B, T] bool, True = a real token; padding may stand on either side, what comes out at it means nothing.
         cache (KVCache) holds the tokens before these and takes these in. With hidden=True -> (x, [h_1 … h_L]),
         the blocks' outputs [B, T, D], the last after the final norm: transformers' `hidden_states[1:]`.
-        ValueError if a row would outgrow the context.
+        prefix (P ids, without mask or cache) stands before every row, and passes through the model once, gradients
+        included; what is returned then has P + T tokens. ValueError if a row would outgrow the context.
         """
         B, T = ids.shape
         if mask is not None:  # move padding of either side to the right end
             order = mask.int().argsort(dim=1, descending=True, stable=True)
             ids = ids.gather(1, order)
         start = cache.length if cache else torch.zeros(1, dtype=torch.long, device=ids.device)
-        longest = int(start.max()) + T
+        longest = int(start.max()) + len(prefix) + T
         _require(longest <= self.config.context_length,
                  f"{longest} tokens are longer than the model's context of {self.config.context_length}")
         positions = start[:, None] + torch.arange(T, device=ids.device)  # [B or 1, T]
+        shared = (len(prefix), B) if prefix else None
+        if shared:
+            ids = pack(torch.cat((torch.tensor(prefix, device=ids.device).expand(B, -1), ids), dim=1), len(prefix))
+            positions = pack(torch.arange(longest, device=ids.device).expand(B, -1), len(prefix))
         x = self.embed_tokens(ids)
         if self.config.model_type == "gpt2":
             x = x + self.embed_positions(positions)
@@ -240,10 +261,12 @@ class GPT(nn.Module):
             attend = (torch.arange(longest, device=ids.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
         states = []
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, (cache.k[i], cache.v[i], positions, attend) if cache else None)
+            x = layer(x, rope, (cache.k[i], cache.v[i], positions, attend) if cache else None, shared)
             states += [x] if hidden else []
         x = self.norm(x)
         states[-1:] = [x] if hidden else []
+        if shared:
+            x, *states = (unpack(h, *shared) for h in (x, *states))
         if cache:
             cache.length = cache.length + (T if mask is None else mask.sum(1))
         if mask is not None:

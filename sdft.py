@@ -12,6 +12,7 @@ parametrized weights (quantized, masked) are computed once a step and used by th
 """
 import functools
 import math
+import os
 import time
 from typing import NamedTuple
 
@@ -72,36 +73,78 @@ def _masked_mean(per_token, mask):
 def completion_states(model, prompts, completions):
     """Final hidden states [N, D] at the positions that predict the completions' tokens, row after row, without padding.
 
-    Only these go through the head. Rows are padded on the right, where a causal model needs no mask.
+    Only these go through the head. What all prompts begin with passes through the model once. Rows are padded on the right,
+    where a causal model needs no mask.
     """
     device = model.embed_tokens.weight.device
-    rows = [torch.tensor(p + c[:-1]) for p, c in zip(prompts, completions)]  # the last token predicts nothing
-    x = model.backbone(pad_sequence(rows, batch_first=True).to(device))
+    shared = len(os.path.commonprefix(prompts)[:-1])  # each row keeps a token of its prompt
+    rows = [torch.tensor(p[shared:] + c[:-1]) for p, c in zip(prompts, completions)]  # the last token predicts nothing
+    x = model.backbone(pad_sequence(rows, batch_first=True).to(device), prefix=prompts[0][:shared])
     return torch.cat([x[b, len(p) - 1:len(p) - 1 + len(c)] for b, (p, c) in enumerate(zip(prompts, completions))])
+
+
+# The same losses with their gradients, worked out: log_s, log_t [n, V], overwritten -> loss [n], KL [n] and d loss / d logits
+# [n, V]. Fewer blocks of the size of the vocabulary are alive than under autograd, and each is passed over less often.
+
+def _forward_kl_gradient(log_s, log_t):
+    """d/dlogits sum_v p_T (log p_T - log p_S) = p_S - p_T."""
+    p_t = log_t.exp()
+    kl = _dot(p_t, log_t.sub_(log_s))
+    return kl, kl, log_s.exp_().sub_(p_t)
+
+
+def _reverse_kl_gradient(log_s, log_t):
+    """d/dlogits sum_v p_S (log p_S - log p_T) = p_S (log p_S - log p_T - KL)."""
+    p_s, ratio = log_s.exp(), log_s.sub_(log_t)
+    kl = _dot(p_s, ratio)
+    return kl, kl, ratio.sub_(kl[:, None]).mul_(p_s)
+
+
+def _jsd_gradient(log_s, log_t, beta=0.5):
+    """d/dlogits jsd = (1 - beta) p_S (log p_S - log m - KL(p_S || m)); the derivatives of m cancel."""
+    kl = _dot(log_s.exp(), log_s - log_t)  # what is logged beside the loss: KL(p_S || p_T)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log(1 - beta))
+    p_s = log_s.exp()
+    t_m, s_m = _dot(log_t.exp(), log_t.sub_(log_m)), _dot(p_s, log_s.sub_(log_m))
+    return beta * t_m + (1 - beta) * s_m, kl, log_s.sub_(s_m[:, None]).mul_(p_s).mul_(1 - beta)
+
+
+def _dot(a, b):
+    """Row by row, [n, V] and [n, V] -> [n], with no block for the products."""
+    return torch.einsum("nv,nv->n", a, b)
+
+
+GRADIENTS = {forward_kl: _forward_kl_gradient, reverse_kl: _reverse_kl_gradient, jsd: _jsd_gradient}
 
 
 def accumulate(student, states, teacher_logits, loss, share, chunk=128):
     """Backpropagate `loss` from the head down to `states` [N, D], a chunk of tokens at a time; returns {loss, kl}.
 
-    teacher_logits(rows) gives the teacher's [n, V] for a slice of rows. Logits exist for one chunk only, so that no [N, V]
-    block is ever whole; a chunk is at most a sixth of N, so that all of a chunk's blocks together stay under two [N, V].
-    `share` is what one token weighs in the batch's mean; the values returned are the same weighted sums.
+    teacher_logits(rows) gives the teacher's [n, V] for a slice of rows, and may be overwritten. Logits exist for one chunk
+    only, at most a third of N, so that all of a chunk's blocks together stay under two [N, V]. `share` is what one token
+    weighs in the batch's mean; the values returned are the same weighted sums.
     """
-    leaf, total = states.detach().requires_grad_(), {"loss": 0.0, "kl": 0.0}
-    for rows in torch.arange(len(leaf)).split(min(chunk, math.ceil(len(leaf) / 6))):
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        s, t = student.head(leaf[rows]), teacher_logits(rows)
-        v = min(s.size(-1), t.size(-1))  # a larger teacher's vocabulary may be padded further: compare the ids they share
-        s, t, ones = s[:, :v], t[:, :v], torch.ones(len(s), device=s.device)
-        value = loss(s, t, ones) * len(s) * share
-        value.backward()
-        total["loss"] += value.item()
-        if loss not in (forward_kl, reverse_kl):
-            with torch.no_grad():
-                total["kl"] += reverse_kl(s, t, ones).item() * len(s) * share
+    leaf, total = states.detach().requires_grad_(), torch.zeros(2)
+    chunk = min(chunk, math.ceil(len(leaf) / 3))
+    for rows in (slice(start, start + chunk) for start in range(0, len(leaf), chunk)):
+        total += share * _backward(student.head(leaf[rows]), teacher_logits(rows), loss, share)
     states.backward(leaf.grad)
-    total["kl"] = total["kl"] or total["loss"]
-    return total
+    return dict(zip(("loss", "kl"), total.tolist()))
+
+
+def _backward(s, t, loss, share):
+    """Backpropagate share * loss from one chunk's logits s [n, V] of the student and t of the teacher; returns loss and KL."""
+    v = min(s.size(-1), t.size(-1))  # a larger teacher's vocabulary may be padded further: compare the ids they share
+    s, t = s[:, :v], t[:, :v]
+    value, kl, gradient = GRADIENTS[loss](_log_probs_(s.detach()), _log_probs_(t))
+    s.backward(gradient.mul_(share).to(s.dtype))
+    return torch.stack((value.sum(), kl.sum())).cpu()
+
+
+def _log_probs_(logits):
+    """`_log_probs`, in the logits' own memory where they are float32."""
+    logits = logits.float()
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
 def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=8, **optimization):

@@ -220,8 +220,8 @@ def best_choice(model, tokenizer, example):
 def nats(model, windows):
     """Mean negative log-likelihood of each window's tokens after the first, [len(windows)]."""
     ids = torch.tensor(windows, device=model.embed_tokens.weight.device)
-    logits = model(ids)[:, :-1].float()
-    return F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1).cpu()
+    states = model.backbone(ids[:, :-1])  # the logits of one window at a time: [T, V]
+    return torch.stack([F.cross_entropy(model.head(x).float(), row[1:]) for x, row in zip(states, ids)]).cpu()
 
 
 def cka_sequences(run):

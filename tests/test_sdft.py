@@ -199,7 +199,7 @@ def test_accumulate_equals_the_plain_backward(loss, chunk, tied):
     expected.backward()
 
     states = completion_states(student, prompts, completions)
-    total = accumulate(student, states, lambda rows: scored[rows], loss, 1 / len(scored), chunk=chunk)
+    total = accumulate(student, states, lambda rows: scored[rows].clone(), loss, 1 / len(scored), chunk=chunk)
     assert total["loss"] == pytest.approx(expected.item(), abs=1e-6)
     kl = forward_kl if loss is forward_kl else reverse_kl
     assert total["kl"] == pytest.approx(kl(logits, scored, ones).item(), abs=1e-6)

@@ -4,8 +4,6 @@ First the estimators on matrices, then the paper's two ways of making the matric
 samples), d features, K = H H^T the Gram matrix [n, n]. Leading dimensions, such as one per layer, are carried along. All is
 computed in float64: near 1, the differences that matter are in the third digit and beyond.
 """
-import os
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -92,10 +90,9 @@ def hidden_states(model, sequences):
     device, states = model.embed_tokens.weight.device, [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # rows of like length together, little padding
     for batch in (order[start:start + 8] for start in range(0, len(order), 8)):
-        shared = len(os.path.commonprefix([sequences[i] for i in batch])[:-1])
-        ids = pad_sequence([torch.tensor(sequences[i][shared:]) for i in batch], batch_first=True).to(device)
-        states_of = model.backbone(ids, hidden=True, prefix=sequences[batch[0]][:shared])[1]
-        layers = torch.stack(states_of).float().cpu()  # [n_layer, B, T, D]
+        rows = [torch.tensor(sequences[i]) for i in batch]
+        layers = model.backbone(pad_sequence(rows, batch_first=True).to(device), hidden=True)[1]
+        layers = torch.stack(layers).float().cpu()  # [n_layer, B, T, D]
         for row, i in enumerate(batch):
             states[i] = layers[:, row, 1:len(sequences[i])].clone()
     return states

@@ -73,14 +73,30 @@ def _masked_mean(per_token, mask):
 def completion_states(model, prompts, completions):
     """Final hidden states [N, D] at the positions that predict the completions' tokens, row after row, without padding.
 
-    Only these go through the head. What all prompts begin with passes through the model once. Rows are padded on the right,
-    where a causal model needs no mask.
+    Only these go through the head. All rows pass through the model as one packed batch (see model.py), where the beginning that
+    prompts have in common stands once. Rows of a group are padded on the right, where a causal model needs no mask.
     """
-    device = model.embed_tokens.weight.device
-    shared = len(os.path.commonprefix(prompts)[:-1])  # each row keeps a token of its prompt
-    rows = [torch.tensor(p[shared:] + c[:-1]) for p, c in zip(prompts, completions)]  # the last token predicts nothing
-    x = model.backbone(pad_sequence(rows, batch_first=True).to(device), prefix=prompts[0][:shared])
-    return torch.cat([x[b, len(p) - 1:len(p) - 1 + len(c)] for b, (p, c) in enumerate(zip(prompts, completions))])
+    device, ids, groups, wanted, offset = model.embed_tokens.weight.device, [], [], {}, 0
+    for group in alike(prompts):
+        shared = os.path.commonprefix([prompts[i] for i in group])[:-1]  # each row keeps a token of its prompt
+        P = len(shared)
+        rows = pad_sequence([torch.tensor(prompts[i][P:] + completions[i][:-1]) for i in group], batch_first=True)
+        ids += [torch.tensor(shared, dtype=torch.long), rows.flatten()]
+        for b, i in enumerate(group):
+            last = offset + P + b * rows.size(1) + len(prompts[i]) - P - 1  # of the prompt: it predicts the first token
+            wanted[i] = torch.arange(last, last + len(completions[i]))
+        groups.append((P, *rows.shape))
+        offset += P + rows.numel()
+    x = model.backbone(torch.cat(ids)[None].to(device), groups=groups)[0]
+    return x[torch.cat([wanted[i] for i in range(len(prompts))]).to(device)]
+
+
+def alike(prompts, beginning=8):
+    """Indices of the prompts in groups: those that begin with the same 8 tokens as another together, and all the others."""
+    beginnings, groups = [tuple(p[:beginning]) for p in prompts], {}
+    for i, start in enumerate(beginnings):
+        groups.setdefault(start if beginnings.count(start) > 1 else (), []).append(i)
+    return list(groups.values())
 
 
 # The same losses with their gradients, worked out: log_s, log_t [n, V], overwritten -> loss [n], KL [n] and d loss / d logits
@@ -151,8 +167,8 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
     """SDFT: teach the student back from its teacher's view of its own rollouts; trains in place.
 
     batches is a list of lists of `Prompt`; rollout(student, prompts) -> completions, lists of ids, is how the student
-    answers (`model.generate` with its settings bound). loss is one of LOSSES' functions. Rows of like length go
-    through the models together, micro_batch at a time. For the other arguments and what is logged see `optimize`.
+    answers (`model.generate` with its settings bound). loss is one of LOSSES' functions. Rows go through the models
+    micro_batch at a time. For the other arguments and what is logged see `optimize`.
     """
     teacher.eval().requires_grad_(False)
 
@@ -160,9 +176,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
         completions = rollout(student, [p.student for p in batch])
         tokens = sum(map(len, completions))
         total = {"loss": 0.0, "kl": 0.0, "tokens": tokens}
-        pairs = sorted(zip(batch, completions), key=lambda pair: len(pair[0].student) + len(pair[1]))
-        for start in range(0, len(pairs), micro_batch):
-            prompts, answers = zip(*pairs[start:start + micro_batch])
+        for prompts, answers in micro_batches(batch, completions, micro_batch):
             with torch.no_grad():
                 scored = completion_states(teacher, [p.teacher for p in prompts], answers)
             states = completion_states(student, [p.student for p in prompts], answers)
@@ -172,6 +186,14 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
         return total
 
     return optimize(student, batches, gradients, **optimization)
+
+
+def micro_batches(batch, completions, size):
+    """[(prompts, completions)] of at most `size` rows, those that begin alike or are of like length next to each other."""
+    order = [i for group in alike([p.student for p in batch])
+             for i in sorted(group, key=lambda i: len(batch[i].student) + len(completions[i]))]
+    return [([batch[i] for i in part], [completions[i] for i in part])
+            for part in (order[start:start + size] for start in range(0, len(order), size))]
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Config:
     loss: str = option("forward_kl", "divergence between teacher and student", choices=list(sdft.LOSSES))
     steps: int = option(25, "optimizer steps")
     batch_size: int = option(16, "prompts per step, one rollout each, shared evenly by the tasks")
-    micro_batch: int = option(8, "prompts that go through the models together")
+    micro_batch: int = option(16, "prompts that go through the models together")
     max_new_tokens: int = option(32, "longest rollout")
     text_tokens: int = option(16, "tokens of a text prompt")
     temperature: float = option(0.6, "of the rollouts")

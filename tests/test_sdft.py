@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig, generate
 from quant import quantize_
-from sdft import LOSSES, Prompt, accumulate, completion_states, forward_kl, jsd, recover, reverse_kl, sft
+from sdft import LOSSES, Prompt, accumulate, alike, completion_states, forward_kl, jsd, micro_batches, recover, reverse_kl, sft
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
@@ -260,6 +260,34 @@ def test_accumulate_never_holds_more_than_two_vocabulary_wide_blocks(loss):
 
     assert 0.5 < peak_blocks(lambda: accumulate(student, states, score, loss, 1 / n), n, v) <= 2
     assert peak_blocks(plain, n, v) > 4  # the tracker does see what the plain way holds
+
+
+def test_a_shared_beginning_passes_once_with_the_same_states_and_gradients():
+    """Against each row alone: 5 rows that begin with the same 7 tokens, the last of which ends where the others go on."""
+    one, widths = tiny(), []
+    other, completions = copy.deepcopy(one), ragged(5, seed=2)
+    prompts = [[1, 2, 3, 4, 5, 6, 7] + tail for tail in ragged(4, seed=1) + [[]]]
+    one.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:2]))
+    states = completion_states(one, prompts, completions)
+    alone = torch.cat([other.backbone(torch.tensor([p + c]))[0, len(p) - 1:-1] for p, c in zip(prompts, completions)])
+    torch.testing.assert_close(states, alone, rtol=1e-5, atol=1e-5)
+    longest = max(len(p) + len(c) for p, c in zip(prompts, completions)) - 1
+    assert widths == [(1, 6 + 5 * (longest - 6))]  # 6: the shortest prompt keeps its last token
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+    (states * weights).sum().backward()
+    (alone * weights).sum().backward()
+    for name, p in one.layers.named_parameters():
+        torch.testing.assert_close(p.grad, other.layers.get_parameter(name).grad, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(one.embed_tokens.weight.grad, other.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_keep_rows_that_begin_alike_together():
+    chats, texts = [list(range(8)) + [9] * n for n in (3, 1, 2)], [[20 + n] * (n + 1) for n in range(4)]
+    prompts = [p for pair in zip(chats, texts) for p in pair] + [texts[3]]
+    assert alike(prompts) == [[0, 2, 4], [1, 3, 5, 6]]
+    split = micro_batches([Prompt(p, p) for p in prompts], [[i] for i in range(7)], 3)
+    assert [[len(p.student) for p in rows] for rows, _ in split] == [[9, 10, 11], [1, 2, 3], [4]]
+    assert [completions for _, completions in split] == [[[2], [4], [0]], [[1], [3], [5]], [[6]]]
 
 
 # ------------------------------------------------------------------------------------------------------------- recover

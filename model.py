@@ -131,38 +131,38 @@ def linear(x, w, b=None):
     return F.linear(x.reshape(-1, x.size(-1)), w, b).view(*x.shape[:-1], -1)
 
 
-def packed_linear(x, w, b=None):
-    """The same, from a weight that `packed_weights` packed."""
+def blocked_linear(x, w, b=None):
+    """The same, from a weight in the layout of `blocked_weights`."""
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
 
 class Linear(nn.Linear):
     """nn.Linear by way of `linear`."""
 
-    packed = None
+    blocked = None  # see `blocked_weights`
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias) if self.packed is None else packed_linear(x, self.packed, self.bias)
+        return linear(x, self.weight, self.bias) if self.blocked is None else blocked_linear(x, self.blocked, self.bias)
 
 
 @contextlib.contextmanager
-def packed_weights(model, rows):
-    """While `rows` sequences are decoded on a CPU, the linears and the head use copies of their weights in oneDNN's layout.
+def blocked_weights(model, rows):
+    """While about `rows` sequences are decoded on a CPU, linears and head use copies of their weights in oneDNN's blocked layout.
 
-    A decoding step multiplies every weight by a few rows. From the packed copies that takes a fifth to a half less time; making
+    A decoding step multiplies every weight by a few rows. From the copies that takes a fifth to a half less time; making
     them takes as long as three steps. The results are the same up to rounding.
     """
-    w = model.embed_tokens.weight
-    packable = w.device.type == "cpu" and w.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    modules = [m for m in model.modules() if isinstance(m, (Linear, GPT))] if packable else []
+    embedding, modules = model.embed_tokens.weight, []
+    if embedding.device.type == "cpu" and embedding.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        modules = [m for m in model.modules() if isinstance(m, (Linear, GPT))]
     for m in modules:
         w = m.head_weight if m is model else m.weight
-        m.packed = torch.ops.mkldnn._reorder_linear_weight(w.detach(), rows)
+        m.blocked = torch.ops.mkldnn._reorder_linear_weight(w.detach(), rows)
     try:
         yield
     finally:
         for m in modules:
-            m.packed = None
+            m.blocked = None
 
 
 class Attention(nn.Module):
@@ -241,7 +241,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole decoder. `forward` is `head(backbone(ids))`; call the two parts to pay for fewer logits."""
 
-    packed = None  # see `packed_weights`
+    blocked = None  # see `blocked_weights`
 
     def __init__(self, config):
         super().__init__()
@@ -263,7 +263,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """Final hidden states [..., D] -> logits [..., V]."""
-        return linear(x, self.head_weight) if self.packed is None else packed_linear(x, self.packed)
+        return linear(x, self.head_weight) if self.blocked is None else blocked_linear(x, self.blocked)
 
     @property
     def head_weight(self):
@@ -293,12 +293,12 @@ class GPT(nn.Module):
         x = self.embed_tokens(ids)
         if self.config.model_type == "gpt2":
             x = x + self.embed_positions(positions)
-        rope, attend = self._rope(positions, x.dtype), None
+        rope, visible = self._rope(positions, x.dtype), None
         if cache and longest > T:  # a token at position p sees the keys at positions <= p
-            attend = (torch.arange(longest, device=ids.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
+            visible = (torch.arange(longest, device=ids.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
         states = []
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, (cache.k[i], cache.v[i], positions, attend) if cache else None, groups)
+            x = layer(x, rope, (cache.k[i], cache.v[i], positions, visible) if cache else None, groups)
             states += [x] if hidden else []
         x = self.norm(x)
         states[-1:] = [x] if hidden else []
@@ -428,9 +428,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     u = torch.rand(len(prompts), max_new_tokens, generator=generator) if temperature > 0 else None
     done = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        alive = order[start:start + batch_size]
-        with packed_weights(model, len(alive)):
+    with blocked_weights(model, min(batch_size, len(prompts))):
+        for start in range(0, len(order), batch_size):
+            alive = order[start:start + batch_size]
             _generate_batch(model, prompts, alive, done, max_new_tokens, temperature, top_p, eos_id, u)
     return done
 

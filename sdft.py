@@ -83,7 +83,7 @@ def completion_states(model, prompts, completions):
         rows = pad_sequence([torch.tensor(prompts[i][P:] + completions[i][:-1]) for i in group], batch_first=True)
         ids += [torch.tensor(shared, dtype=torch.long), rows.flatten()]
         for b, i in enumerate(group):
-            last = offset + P + b * rows.size(1) + len(prompts[i]) - P - 1  # of the prompt: it predicts the first token
+            last = offset + b * rows.size(1) + len(prompts[i]) - 1  # of the prompt: it predicts the completion's first token
             wanted[i] = torch.arange(last, last + len(completions[i]))
         groups.append((P, *rows.shape))
         offset += P + rows.numel()
@@ -173,6 +173,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
     teacher.eval().requires_grad_(False)
 
     def gradients(batch):
+        """One step's gradients into .grad; what to log."""
         completions = rollout(student, [p.student for p in batch])
         tokens = sum(map(len, completions))
         total = {"loss": 0.0, "kl": 0.0, "tokens": tokens}
@@ -205,11 +206,10 @@ def sft(model, batches, *, micro_batch=8, **optimization):
     """Plain supervised fine-tuning, in place: cross-entropy on the responses. batches: lists of (prompt ids, response ids)."""
 
     def gradients(batch):
+        """One step's gradients into .grad; what to log."""
         tokens, total = sum(len(r) for _, r in batch), 0.0
-        rows = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
-        for start in range(0, len(rows), micro_batch):
-            prompts, responses = zip(*rows[start:start + micro_batch])
-            logits = model.head(completion_states(model, prompts, responses))
+        for prompts, responses in micro_batches([Prompt(p, p) for p, _ in batch], [r for _, r in batch], micro_batch):
+            logits = model.head(completion_states(model, [p.student for p in prompts], responses))
             targets = torch.tensor([t for r in responses for t in r], device=logits.device)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
             loss.backward()

@@ -285,7 +285,12 @@ def environment(run):
     return {**run.facts, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
             "processor": cpu_name() if run.config.device == "cpu" else torch.cuda.get_device_name(),
             "threads": torch.get_num_threads(), "date": datetime.datetime.now().isoformat(timespec="minutes"),
-            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)}
+            "peak_memory_gib": peak_memory_gib()}
+
+
+def peak_memory_gib():
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def cpu_name():

@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,6 @@ def options(argv=None):
     parser.add_argument("--warmup", type=int, default=1, help="steps before those [1]")
     parser.add_argument("--degrade", default="int4", help="int2 … int8 or none: how our student is quantized [int4]")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of computation [float32]")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--scale", action="store_true", help="also 2 and 4 times the batch, and the length")
     parser.add_argument("--peer", choices=["trl"], help="also time TRL's SDFTTrainer")
     parser.add_argument("--peer-dtype", default="float32,bfloat16", help="in which precisions [float32,bfloat16]")
@@ -61,10 +59,11 @@ def ours(o):
     import quant
     import sdft
     from model import GPT, generate
+    from train import peak_memory_gib
 
     folder = o.model or fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
-    teacher = GPT.from_pretrained(folder, device=o.device).eval()
+    teacher = GPT.from_pretrained(folder, dtype=getattr(torch, o.dtype)).eval()
     student = copy.deepcopy(teacher)
     if o.degrade != "none":
         quant.quantize_(student, o.degrade, 64)
@@ -104,11 +103,11 @@ def ours(o):
     passed = sum(lengths) + new - o.batch_size  # tokens of one pass over prompts and completions
     forward = 2 * (blocks * passed + head * new)
     flops = {"rollout": forward, "teacher": forward, "student": 3 * forward}
-    gigabytes = 4 * (blocks + head) * o.new_tokens / 1e9  # the weights, once a token of the rollout
-    return {"seconds": seconds, "peak_gib": peak(), "tokens_per_second": new / seconds["total"], "prompt_tokens": sum(lengths),
-            "gflops": {part: f / seconds[part] / 1e9 for part, f in flops.items()} | {
+    read = teacher.embed_tokens.weight.element_size() * (blocks + head) * o.new_tokens  # bytes: the weights, once a token
+    return {"seconds": seconds, "peak_gib": peak_memory_gib(), "tokens_per_second": new / seconds["total"],
+            "prompt_tokens": sum(lengths), "gflops": {part: f / seconds[part] / 1e9 for part, f in flops.items()} | {
                 "total": sum(flops.values()) / seconds["total"] / 1e9},
-            "rollout_gb_per_second": gigabytes / seconds["rollout"], "ceilings": ceilings(torch)}
+            "rollout_gb_per_second": read / seconds["rollout"] / 1e9, "ceilings": ceilings(torch)}
 
 
 def trl(o):
@@ -121,6 +120,7 @@ def trl(o):
 
     import data
     import fetch
+    from train import peak_memory_gib
 
     folder = str(o.model or fetch.default_model())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
@@ -138,7 +138,7 @@ def trl(o):
                           max_steps=o.warmup + o.steps, max_completion_length=o.new_tokens,
                           generation_kwargs={"min_new_tokens": o.new_tokens}, distillation_mode="full_logits",
                           distillation_alpha=1.0, teacher_model_kind="base", learning_rate=1e-4, shuffle_dataset=False,
-                          bf16=o.dtype == "bfloat16", use_cpu=o.device == "cpu", gradient_checkpointing=False,
+                          bf16=o.dtype == "bfloat16", use_cpu=True, gradient_checkpointing=False,
                           save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no")
         trainer = SDFTTrainer(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), args,
                               datasets.Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
@@ -146,13 +146,8 @@ def trl(o):
         trainer.train()
     lengths = [len(data.load_tokenizer(folder).chat(p)) for p in prompts(o.batch_size)]
     total = statistics.median(seconds[o.warmup:])
-    return {"seconds": {"total": total}, "peak_gib": peak(), "tokens_per_second": o.batch_size * o.new_tokens / total,
+    return {"seconds": {"total": total}, "peak_gib": peak_memory_gib(), "tokens_per_second": o.batch_size * o.new_tokens / total,
             "prompt_tokens": sum(lengths)}
-
-
-def peak():
-    scale = 2 ** 20 if platform.system() == "Linux" else 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
 def ceilings(torch):

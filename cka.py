@@ -87,7 +87,7 @@ def hidden_states(model, sequences):
 
     The first token is left out: its huge norm would decide every similarity by itself.
     """
-    device, states = model.embed_tokens.weight.device, [None] * len(sequences)
+    device, states = model.device, [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # rows of like length together, little padding
     for batch in (order[start:start + 8] for start in range(0, len(order), 8)):
         rows = [torch.tensor(sequences[i]) for i in batch]

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -18,6 +17,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -89,11 +90,11 @@ class KVCache:
     """Keys and values of every token seen so far: k, v [n_layer, B, S, G, K]; `length[b]` tokens are held by row b."""
 
     def __init__(self, model, rows, capacity):
-        c, w = model.config, model.embed_tokens.weight
+        c, device = model.config, model.device
         shape = (c.n_layer, rows, capacity, c.n_kv_head, c.head_dim)
-        self.k = torch.zeros(shape, dtype=w.dtype, device=w.device)
+        self.k = torch.zeros(shape, dtype=attention_dtype(device, model.norm.weight.dtype), device=device)
         self.v = torch.zeros_like(self.k)
-        self.length = torch.zeros(rows, dtype=torch.long, device=w.device)
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)
 
     def keep(self, rows):
         """Keep these rows only, a list of indices that may repeat: finished rows cost nothing more."""
@@ -112,8 +113,9 @@ def apply_rope(x, cos, sin):
 def unpack(x, group):
     """A group's part of a packed batch, [1, P + B T, ...] -> its whole rows [B, P + T, ...]."""
     P, B, T = group
-    own = x[0, P:].unflatten(0, (B, T))
-    return torch.cat((x[:, :P].expand(B, -1, *own.shape[2:]), own), dim=1)
+    common, own = x.split((P, B * T), dim=1)
+    own = own.reshape(B, T, *own.shape[2:])
+    return torch.cat((common.expand(B, -1, *own.shape[2:]), own), dim=1)
 
 
 def pack(x, group):
@@ -152,8 +154,8 @@ def blocked_weights(model, rows):
     A decoding step multiplies every weight by a few rows. From the copies that takes a fifth to a half less time; making
     them takes as long as three steps. The results are the same up to rounding.
     """
-    embedding, modules = model.embed_tokens.weight, []
-    if embedding.device.type == "cpu" and embedding.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    modules = []
+    if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
         modules = [m for m in model.modules() if isinstance(m, (Linear, GPT))]
     for m in modules:
         w = m.head_weight if m is model else m.weight
@@ -180,9 +182,10 @@ class Attention(nn.Module):
         """x [B, T, D] -> [B, T, D]; rope is (cos, sin) or None; memory is (k, v, positions, mask) of this layer or None;
         groups is None or those of a packed batch."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.c.head_dim)  # [B, T, H, K]
-        k = self.k_proj(x).view(B, T, -1, self.c.head_dim)  # [B, T, G, K]
-        v = self.v_proj(x).view(B, T, -1, self.c.head_dim)
+        dtype = attention_dtype(x.device, x.dtype)
+        q = self.q_proj(x).view(B, T, -1, self.c.head_dim).to(dtype)  # [B, T, H, K]
+        k = self.k_proj(x).view(B, T, -1, self.c.head_dim).to(dtype)  # [B, T, G, K]
+        v = self.v_proj(x).view(B, T, -1, self.c.head_dim).to(dtype)
         if rope:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if memory:
@@ -195,7 +198,12 @@ class Attention(nn.Module):
             y = torch.cat([pack(attend(*(unpack(z, g) for z in part)), g) for part, g in zip(parts, groups)], dim=1)
         else:
             y = attend(q, k, v)
-        return self.o_proj(y.reshape(B, T, -1))
+        return self.o_proj(y.reshape(B, T, -1).to(x.dtype))
+
+
+def attention_dtype(device, dtype):
+    """Attention proper is float32 on a CPU: its bfloat16 kernel is 12 times slower at one query, 3 times in backward."""
+    return torch.float32 if device.type == "cpu" else dtype
 
 
 def attend(q, k, v, mask=None):
@@ -242,6 +250,7 @@ class GPT(nn.Module):
     """The whole decoder. `forward` is `head(backbone(ids))`; call the two parts to pay for fewer logits."""
 
     blocked = None  # see `blocked_weights`
+    checkpointing = False  # keep a block's input only, and compute the block again in backward: less memory, a third more time
 
     def __init__(self, config):
         super().__init__()
@@ -264,6 +273,10 @@ class GPT(nn.Module):
     def head(self, x):
         """Final hidden states [..., D] -> logits [..., V]."""
         return linear(x, self.head_weight) if self.blocked is None else blocked_linear(x, self.blocked)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
 
     @property
     def head_weight(self):
@@ -293,12 +306,16 @@ class GPT(nn.Module):
         x = self.embed_tokens(ids)
         if self.config.model_type == "gpt2":
             x = x + self.embed_positions(positions)
-        rope, visible = self._rope(positions, x.dtype), None
+        rope, visible = self._rope(positions, attention_dtype(x.device, x.dtype)), None
         if cache and longest > T:  # a token at position p sees the keys at positions <= p
             visible = (torch.arange(longest, device=ids.device) <= positions[..., None])[:, None]  # [B, 1, T, S]
         states = []
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, (cache.k[i], cache.v[i], positions, visible) if cache else None, groups)
+            memory = (cache.k[i], cache.v[i], positions, visible) if cache else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, memory, groups, use_reentrant=False)
+            else:
+                x = layer(x, rope, memory, groups)
             states += [x] if hidden else []
         x = self.norm(x)
         states[-1:] = [x] if hidden else []
@@ -354,21 +371,56 @@ class GPT(nn.Module):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which transformers loads; whole or not at all.
 
-        Parametrized weights (quantized, masked) are written as they act, not as the optimizer holds them.
+        Parametrized weights (quantized, masked) are written as they act, not as the optimizer holds them; what `compute_in_`
+        rounds is written unrounded.
         """
         with torch.device("meta"):
             names = [name for name, _ in GPT(self.config).named_parameters()]
         parts = {}
         for name in names:
-            parts.setdefault(hf_name(self.config, name)[::2], []).append(attrgetter(name)(self).detach().cpu())
+            parts.setdefault(hf_name(self.config, name)[::2], []).append(exact_weight(self, name).cpu())
         tensors = {key: (torch.cat(w).T if transposed else torch.cat(w)).contiguous() for (key, transposed), w in parts.items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
-        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         config = {**self.config.to_hf(), "torch_dtype": dtype, "dtype": dtype}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+
+
+class Cast(nn.Module):
+    """A parametrization: computation sees the weight rounded to dtype, the optimizer and the saved folder do not."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, w):
+        return w.to(self.dtype)
+
+
+def compute_in_(model, dtype):
+    """Compute in dtype (bfloat16), in place, from float32 parameters: master weights. Last of what is done to a weight."""
+    for module in list(model.modules()):
+        names = [*dict(module.named_parameters(recurse=False)), *getattr(module, "parametrizations", ())]
+        for name in names if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)) else ():
+            if getattr(module, name).dtype != dtype:
+                parametrize.register_parametrization(module, name, Cast(dtype), unsafe=True)  # unsafe: it changes the type
+    return model
+
+
+@torch.no_grad()
+def exact_weight(model, name):
+    """A parameter, by its name in a plain GPT, as its parametrizations make it, but for `Cast`."""
+    module, _, name = name.rpartition(".")
+    module = model.get_submodule(module)
+    steps = module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()
+    w = steps.original if steps else getattr(module, name)
+    w = w.full_tensor() if hasattr(w, "full_tensor") else w  # a share of it, under FSDP
+    for step in steps:
+        w = w if isinstance(step, Cast) else step(w)
+    return w.detach()
 
 
 GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h", "input_layernorm": "ln_1",
@@ -417,8 +469,10 @@ def _read_safetensors(folder):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, batch_size=64):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, batch_size=64, rows=None):
     """Continue each prompt (a list of token ids) until eos_id or max_new_tokens; the completions, eos included.
+
+    With rows, indices of some prompts, only theirs are made and returned, the same as among all the others.
 
     temperature 0 is greedy. Prompts of like length run together, batch_size at a time, on a KV cache; what all of them begin
     with is read once, and a finished row leaves the batch. Every row has its own random numbers, one uniform number a token
@@ -426,18 +480,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     """
     _require(all(prompts), "a prompt has no tokens")
     u = torch.rand(len(prompts), max_new_tokens, generator=generator) if temperature > 0 else None
-    done = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with blocked_weights(model, min(batch_size, len(prompts))):
+    rows = range(len(prompts)) if rows is None else rows
+    done, order = {i: [] for i in rows}, sorted(rows, key=lambda i: len(prompts[i]))
+    with blocked_weights(model, min(batch_size, len(order))):
         for start in range(0, len(order), batch_size):
             alive = order[start:start + batch_size]
             _generate_batch(model, prompts, alive, done, max_new_tokens, temperature, top_p, eos_id, u)
-    return done
+    return list(done.values())
 
 
 def _generate_batch(model, prompts, alive, done, max_new_tokens, temperature, top_p, eos_id, u):
     """Fill done[i] for the rows i in `alive`."""
-    device = model.embed_tokens.weight.device
+    device = model.device
     rows = [prompts[i] for i in alive]  # shortest first
     shared = len(os.path.commonprefix([rows[0][:-1], *rows]))  # a system message, say, is read once
     cache = KVCache(model, 1, len(rows[-1]) + max_new_tokens)

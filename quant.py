@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from model import exact_weight
+
 
 def quantize_int(w, bits, group_size=None, symmetric=True):
     """w [out, in] -> q [out, in] (int8 if symmetric, else uint8), scale and zero_point [out, groups].
@@ -123,11 +125,37 @@ def quantize_(model, scheme, group_size=None, symmetric=True):
     return sum(linear.weight.numel() for linear in linears)
 
 
+class LowRank(nn.Module):
+    """A parametrization: w + alpha/r B A, with A [r, in] random and B [out, r] zero at first (LoRA, 2106.09685)."""
+
+    def __init__(self, w, rank, alpha, generator):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, w.size(1), generator=generator).to(w.device) / w.size(1) ** 0.5)
+        self.b = nn.Parameter(torch.zeros(w.size(0), rank, device=w.device))
+        self.scale = alpha / rank
+
+    def forward(self, w):
+        return w + self.scale * (self.b @ self.a)
+
+
+def add_lora_(model, rank=16, alpha=32, generator=None):
+    """Freeze a model, in place, and add a trainable low-rank update to every linear of its blocks, after any quantization.
+
+    Baked or saved, the update is merged into the weights, which then no longer lie on the grid.
+    """
+    model.requires_grad_(False)
+    for linear in block_linears(model):
+        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, alpha, generator))
+    return model
+
+
 def bake_(model):
     """Replace every parametrized weight by the value it acts with: exactly on its grid, an ordinary parameter again."""
     for module in [m for m in model.modules() if parametrize.is_parametrized(m)]:
         for name in list(module.parametrizations):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            w = exact_weight(module, name)
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            getattr(module, name).data = w
     return model
 
 

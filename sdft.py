@@ -10,7 +10,7 @@ The teacher is any frozen earlier state of the model. The paper gives no formula
 directions and the Jensen-Shannon divergence between them are here. Nothing in this file knows how the student was damaged:
 parametrized weights (quantized, masked) are computed once a step and used by the rollout and the update alike.
 """
-import functools
+import contextlib
 import math
 import os
 import time
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_, parametrize
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+
+import parallel
 
 
 class Prompt(NamedTuple):
@@ -76,7 +78,7 @@ def completion_states(model, prompts, completions):
     Only these go through the head. All rows pass through the model as one packed batch (see model.py), where the beginning that
     prompts have in common stands once. Rows of a group are padded on the right, where a causal model needs no mask.
     """
-    device, ids, groups, wanted, offset = model.embed_tokens.weight.device, [], [], {}, 0
+    device, ids, groups, wanted, offset = model.device, [], [], {}, 0
     for group in alike(prompts):
         shared = os.path.commonprefix([prompts[i] for i in group])[:-1]  # each row keeps a token of its prompt
         P = len(shared)
@@ -99,27 +101,27 @@ def alike(prompts, beginning=8):
     return list(groups.values())
 
 
-# The same losses with their gradients, worked out: log_s, log_t [n, V], overwritten -> loss [n], KL [n] and d loss / d logits
-# [n, V]. Fewer blocks of the size of the vocabulary are alive than under autograd, and each is passed over less often.
+# The same losses with their gradients, worked out: log_s, log_t [n, V], overwritten, and a third block of that size to work in
+# -> loss [n], KL [n] and d loss / d logits [n, V]. Each block is passed over less often than under autograd.
 
-def _forward_kl_gradient(log_s, log_t):
+def _forward_kl_gradient(log_s, log_t, work):
     """d/dlogits sum_v p_T (log p_T - log p_S) = p_S - p_T."""
-    p_t = log_t.exp()
+    p_t = torch.exp(log_t, out=work)
     kl = _dot(p_t, log_t.sub_(log_s))
     return kl, kl, log_s.exp_().sub_(p_t)
 
 
-def _reverse_kl_gradient(log_s, log_t):
+def _reverse_kl_gradient(log_s, log_t, work):
     """d/dlogits sum_v p_S (log p_S - log p_T) = p_S (log p_S - log p_T - KL)."""
-    p_s, ratio = log_s.exp(), log_s.sub_(log_t)
+    p_s, ratio = torch.exp(log_s, out=work), log_s.sub_(log_t)
     kl = _dot(p_s, ratio)
     return kl, kl, ratio.sub_(kl[:, None]).mul_(p_s)
 
 
-def _jsd_gradient(log_s, log_t, beta=0.5):
+def _jsd_gradient(log_s, log_t, work, beta=0.5):
     """d/dlogits jsd = (1 - beta) p_S (log p_S - log m - KL(p_S || m)); the derivatives of m cancel."""
     kl = _dot(log_s.exp(), log_s - log_t)  # what is logged beside the loss: KL(p_S || p_T)
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log(1 - beta))
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log(1 - beta), out=work)
     p_s = log_s.exp()
     t_m, s_m = _dot(log_t.exp(), log_t.sub_(log_m)), _dot(p_s, log_s.sub_(log_m))
     return beta * t_m + (1 - beta) * s_m, kl, log_s.sub_(s_m[:, None]).mul_(p_s).mul_(1 - beta)
@@ -134,33 +136,34 @@ GRADIENTS = {forward_kl: _forward_kl_gradient, reverse_kl: _reverse_kl_gradient,
 
 
 def accumulate(student, states, teacher_logits, loss, share, chunk=128):
-    """Backpropagate `loss` from the head down to `states` [N, D], a chunk of tokens at a time; returns {loss, kl}.
+    """Backpropagate `loss` through the head W and on from `states` X [N, D], a chunk of tokens at a time; returns [loss, kl].
 
-    teacher_logits(rows) gives the teacher's [n, V] for a slice of rows, and may be overwritten. Logits exist for one chunk
-    only, at most a third of N, so that all of a chunk's blocks together stay under two [N, V]. `share` is what one token
-    weighs in the batch's mean; the values returned are the same weighted sums.
+    With G = d loss / d logits, d loss / dX = G W and d loss / dW = G^T X. teacher_logits(rows) gives the teacher's [n, V] for a
+    slice of rows. Logits exist for one chunk only, at most a third of N, in three float32 blocks that all chunks share.
+    `share` is what one token weighs in the batch's mean; the values returned are the same weighted sums.
     """
-    leaf, total = states.detach().requires_grad_(), torch.zeros(2)
-    chunk = min(chunk, math.ceil(len(leaf) / 3))
-    for rows in (slice(start, start + chunk) for start in range(0, len(leaf), chunk)):
-        total += share * _backward(student.head(leaf[rows]), teacher_logits(rows), loss, share)
-    states.backward(leaf.grad)
-    return dict(zip(("loss", "kl"), total.tolist()))
-
-
-def _backward(s, t, loss, share):
-    """Backpropagate share * loss from one chunk's logits s [n, V] of the student and t of the teacher; returns loss and KL."""
-    v = min(s.size(-1), t.size(-1))  # a larger teacher's vocabulary may be padded further: compare the ids they share
-    s, t = s[:, :v], t[:, :v]
-    value, kl, gradient = GRADIENTS[loss](_log_probs_(s.detach()), _log_probs_(t))
-    s.backward(gradient.mul_(share).to(s.dtype))
-    return torch.stack((value.sum(), kl.sum())).cpu()
-
-
-def _log_probs_(logits):
-    """`_log_probs`, in the logits' own memory where they are float32."""
-    logits = logits.float()
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+    x, w, total = states.detach(), student.head_weight, torch.zeros(2)
+    wanted = [states, w] if w.requires_grad else [states]
+    grad_x, grad_w = torch.empty_like(x), torch.zeros_like(w) if w.requires_grad else None
+    chunk = min(chunk, math.ceil(len(x) / 3))
+    with torch.no_grad():
+        blocks = x.new_empty(3, chunk, len(w), dtype=torch.float32)
+        for rows in (slice(start, start + chunk) for start in range(0, len(x), chunk)):
+            logits = teacher_logits(rows)
+            v = min(logits.size(-1), len(w))  # a larger teacher's vocabulary may be padded further: compare the ids they share
+            log_s, log_t, work = blocks[:, :len(logits), :v]
+            torch.log_softmax(work.copy_(logits[:, :v]), -1, out=log_t)
+            logits = student.head(x[rows])
+            torch.log_softmax(work.copy_(logits[:, :v]), -1, out=log_s)
+            del logits
+            value, kl, g = GRADIENTS[loss](log_s, log_t, work)
+            total += share * torch.stack((value.sum(), kl.sum())).cpu()
+            g = g.mul_(share).to(x.dtype)
+            grad_x[rows] = g @ w[:v]
+            if w.requires_grad:
+                grad_w[:v].addmm_(g.mT, x[rows])
+    torch.autograd.backward(wanted, [grad_x, grad_w][:len(wanted)])
+    return total
 
 
 def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=8, **optimization):
@@ -168,7 +171,8 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
 
     batches is a list of lists of `Prompt`; rollout(student, prompts) -> completions, lists of ids, is how the student
     answers (`model.generate` with its settings bound). loss is one of LOSSES' functions. Rows go through the models
-    micro_batch at a time. For the other arguments and what is logged see `optimize`.
+    micro_batch at a time. For the other arguments and what is logged see `optimize`. On several processes each must get the
+    same completions for the whole batch, and goes on with its share of the rows.
     """
     teacher.eval().requires_grad_(False)
 
@@ -176,15 +180,14 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
         """One step's gradients into .grad; what to log."""
         completions = rollout(student, [p.student for p in batch])
         tokens = sum(map(len, completions))
-        total = {"loss": 0.0, "kl": 0.0, "tokens": tokens}
-        for prompts, answers in micro_batches(batch, completions, micro_batch):
+        total = torch.zeros(2)
+        for prompts, answers in micro_batches(parallel.share(batch), parallel.share(completions), micro_batch):
             with torch.no_grad():
                 scored = completion_states(teacher, [p.teacher for p in prompts], answers)
             states = completion_states(student, [p.student for p in prompts], answers)
-            part = accumulate(student, states, functools.partial(_logits, teacher, scored), loss, 1 / tokens)
-            total["loss"] += part["loss"]
-            total["kl"] += part["kl"]
-        return total
+            total += accumulate(student, states, lambda rows, scored=scored: teacher.head(scored[rows]), loss, 1 / tokens)
+        value, kl = sum(parallel.gather([total])).tolist()
+        return {"loss": value, "kl": kl, "tokens": tokens}
 
     return optimize(student, batches, gradients, **optimization)
 
@@ -197,49 +200,48 @@ def micro_batches(batch, completions, size):
             for part in (order[start:start + size] for start in range(0, len(order), size))]
 
 
-@torch.no_grad()
-def _logits(teacher, states, rows):
-    return teacher.head(states[rows])
-
-
 def sft(model, batches, *, micro_batch=8, **optimization):
     """Plain supervised fine-tuning, in place: cross-entropy on the responses. batches: lists of (prompt ids, response ids)."""
 
     def gradients(batch):
         """One step's gradients into .grad; what to log."""
         tokens, total = sum(len(r) for _, r in batch), 0.0
-        for prompts, responses in micro_batches([Prompt(p, p) for p, _ in batch], [r for _, r in batch], micro_batch):
+        mine = parallel.share(batch)
+        for prompts, responses in micro_batches([Prompt(p, p) for p, _ in mine], [r for _, r in mine], micro_batch):
             logits = model.head(completion_states(model, [p.student for p in prompts], responses))
             targets = torch.tensor([t for r in responses for t in r], device=logits.device)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
             loss.backward()
             total += loss.item()
-        return {"loss": total, "tokens": tokens}
+        return {"loss": sum(parallel.gather([total])), "tokens": tokens}
 
     return optimize(model, batches, gradients, **optimization)
 
 
-def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0, log=None, progress=True):
+def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0, moments=torch.float32, log=None,
+             progress=True):
     """AdamW with gradient clipping, one step a batch, in place; lr warms up linearly and decays to 0 over the second half.
 
     gradients(batch) accumulates .grad and returns what to log: at least loss and tokens. log(dict) gets that with step, lr,
-    grad_norm and seconds. Parametrized weights are computed once a step, with their graph, and shared by everything in it.
+    grad_norm and seconds. moments is the type that AdamW's two averages are kept in. Parametrized weights are computed once a
+    step, with their graph, and shared by everything in it; a sharded model's are put together for each pass instead.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
+    if moments == torch.float32:
+        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True)
+    else:
+        optimizer = CompactAdamW(parameters, dict(lr=lr, betas=BETAS, weight_decay=weight_decay, eps=1e-8, dtype=moments))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (warmup + 1), 1, 2 * (1 - step / len(batches))))
     model.train()
     bar = tqdm(batches, desc="recover", unit="step", disable=not progress)
     for step, batch in enumerate(bar):
         began = time.perf_counter()
-        with parametrize.cached():
-            for module in filter(parametrize.is_parametrized, model.modules()):
-                for name in module.parametrizations:
-                    getattr(module, name)  # into the cache while gradients are on: before the rollout's no_grad
+        with contextlib.nullcontext() if parallel.sharded(model) else once_(model):
             measured = gradients(batch)
-        norm = clip_grad_norm_(parameters, clip).item()
+        parallel.sum_gradients_(parameters)
+        norm = clip_grad_norm_(parameters, clip)
+        norm = parallel.full(norm).item()
         line = {"step": step, **measured, "lr": schedule.get_last_lr()[0], "grad_norm": norm}
         optimizer.step()
         optimizer.zero_grad()
@@ -251,3 +253,37 @@ def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, 
             log(line)
     model.eval()
     return model
+
+
+@contextlib.contextmanager
+def once_(model):
+    """Within the body every parametrized weight is computed once, and its gradient goes back through that one computation."""
+    with parametrize.cached():
+        for module in filter(parametrize.is_parametrized, model.modules()):
+            for name in module.parametrizations:
+                getattr(module, name)  # into the cache while gradients are on: before the rollout's no_grad
+        yield
+
+
+BETAS = 0.9, 0.95
+
+
+class CompactAdamW(torch.optim.Optimizer):
+    """AdamW (1711.05101) whose two moments rest in bfloat16, half the memory; one parameter at a time is updated in float32.
+
+    With beta_2 = 0.95 a second moment moves by 5 % a step, which bfloat16 resolves (0.4 %); the usual 0.999 would stand still.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (b1, b2), lr = group["betas"], group["lr"]
+            for p in filter(lambda p: p.grad is not None, group["params"]):
+                state, g = self.state[p], p.grad.float()
+                t = state["step"] = state.get("step", 0) + 1
+                m, v = (state[k].float() if k in state else torch.zeros_like(g) for k in ("m", "v"))
+                m.lerp_(g, 1 - b1)                       # m <- b1 m + (1 - b1) g
+                v.mul_(b2).addcmul_(g, g, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
+                p.mul_(1 - lr * group["weight_decay"])
+                p.addcdiv_(m / (1 - b1 ** t), (v / (1 - b2 ** t)).sqrt_().add_(group["eps"]), value=-lr)
+                state["m"], state["v"] = m.to(group["dtype"]), v.to(group["dtype"])

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import math
@@ -33,9 +32,10 @@ from torch.nn.utils import parametrize
 import cka
 import data
 import fetch
+import parallel
 import quant
 import sdft
-from model import GPT, generate
+from model import GPT, compute_in_, generate
 
 
 def option(default, help, **extra):
@@ -68,12 +68,19 @@ class Config:
     weight_decay: float = option(0.0, "of AdamW")
     clip: float = option(1.0, "largest norm of the gradient")
     train_embeddings: bool = option(False, "train embeddings and head too, which the damage left as they were")
+    train: str = option("full", "all weights, or a low-rank update of frozen ones (merged when saved)", choices=["full", "lora"])
+    lora_rank: int = option(16, "of the update")
+    lora_alpha: float = option(32.0, "the update is scaled by alpha / rank")
+    moments: str = option("float32", "how AdamW keeps its two moments", choices=["float32", "bfloat16"])
+    checkpointing: bool = option(False, "compute activations again in backward: less memory, more time")
+    shard: bool = option(False, "under torchrun: cut parameters, gradients and optimizer states into shares (FSDP2)")
     answer_tokens: int = option(0, "longest answer in an evaluation; 0: that of its split's longest demonstration")
     eval_limit: int = option(0, "examples of each evaluation split; 0: all")
     cka_samples: int = option(64, "evaluation sequences for CKA")
     seed: int = option(0, "of the order of the data and of the rollouts")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
-    dtype: str = option("float32", "of weights and computation", choices=["float32", "bfloat16"])
+    dtype: str = option("auto", "of computation; what is trained is float32 (auto: bfloat16 where the processor is made for it)",
+                        choices=["auto", "float32", "bfloat16"])
     out: str = option("out", "folder for results.json, metrics.jsonl, student/ and report.png")
 
 
@@ -104,23 +111,26 @@ class Run:
 
 def prepare(c):
     """Read and check everything; ValueError or OSError, in one line, for a user's mistake."""
-    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples"):
+    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples", "lora_rank"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
     quant.scheme_bits(c.degrade)
     if c.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {c.device}: this torch sees no CUDA device; use --device cpu")
+    if c.dtype == "auto":
+        c.dtype = "bfloat16" if bfloat16_is_fast(c.device) else "float32"
+    if c.shard and parallel.size() == 1:
+        raise ValueError("--shard cuts the student into shares for several processes; start with torchrun --nproc_per_node N")
+    if c.batch_size % parallel.size():
+        raise ValueError(f"--batch-size {c.batch_size} cannot be shared evenly by {parallel.size()} processes")
     tasks = [data.load_task(name) for name in c.data.split(",")]
     measured = {t.name: t for t in [*tasks, *(data.load_task(name) for name in c.eval.split(",") if name)]}
     text = data.read_text(c.text) if c.text else data.split_text()[1]
 
-    folder = Path(c.model) if c.model else fetch.default_model()
+    with parallel.first():
+        folder = Path(c.model) if c.model else fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
-    teacher = GPT.from_pretrained(folder, dtype=getattr(torch, c.dtype), device=c.device).eval()
-    student = copy.deepcopy(teacher)
-    quantized = quant.quantize_(student, c.degrade, c.group_size or None, c.symmetric)
-    for name, p in student.named_parameters():
-        p.requires_grad_(c.train_embeddings or not name.startswith(("embed_", "lm_head")))
+    teacher, student, quantized = models(c, folder)
 
     splits = {f"{t.name}_{name}": es[:c.eval_limit or None] for t in measured.values() for name, es in t.eval.items()}
     windows = data.text_windows(tokenizer, text, length=min(256, teacher.config.context_length))
@@ -139,8 +149,31 @@ def prepare(c):
              "eval_examples": {name: len(es) for name, es in splits.items()},
              "text_sha256": sha256(text), "text_tokens": sum(map(len, windows)), "text_window": len(windows[0]),
              "context_length": teacher.config.context_length}
-    prepare_out(Path(c.out))
+    if parallel.rank() == 0:
+        prepare_out(Path(c.out))
     return Run(c, folder, tokenizer, teacher, student, batches, splits, windows, facts)
+
+
+def models(c, folder):
+    """The teacher; the student, damaged and ready to be trained; and how many weights were quantized."""
+    dtype = getattr(torch, c.dtype)
+    student = GPT.from_pretrained(folder, dtype if c.train == "lora" else torch.float32, c.device)
+    teacher = copy.deepcopy(student).to(dtype).eval().requires_grad_(False)
+    quantized = quant.quantize_(student, c.degrade, c.group_size or None, c.symmetric)
+    for name, p in student.named_parameters():
+        p.requires_grad_(c.train_embeddings or not name.startswith(("embed_", "lm_head")))
+    if c.train == "lora":
+        quant.add_lora_(student, c.lora_rank, c.lora_alpha, torch.Generator().manual_seed(c.seed))
+    compute_in_(student, dtype)
+    healthy = dict(teacher.named_parameters())
+    for name, p in student.named_parameters():  # what is not trained need not be there twice
+        same = healthy.get(name.replace("parametrizations.", "").removesuffix(".original"))
+        if not p.requires_grad and same is not None and same.dtype == p.dtype:
+            p.data = same.data
+    student.checkpointing = c.checkpointing
+    if c.shard:
+        parallel.shard_(student)
+    return teacher, student, quantized
 
 
 def prepare_out(out):
@@ -180,18 +213,26 @@ def measure(run, model, healthy_states=None):
     items, answers = {}, []
     with parametrize.cached():
         for name, examples in run.splits.items():
+            mine = parallel.share(examples)
             if examples[0].choices:
-                items[name] = torch.tensor([float(best_choice(model, run.tokenizer, e) == e.answer) for e in examples])
+                items[name] = parallel.gather([float(best_choice(model, run.tokenizer, e) == e.answer) for e in mine])
                 continue
-            texts = answer(model, run.tokenizer, examples, answer_tokens(run.config, run.tokenizer, examples))
-            items[name] = torch.tensor([float(e.check(t)) for e, t in zip(examples, texts)])
+            texts = parallel.gather(answer(model, run.tokenizer, mine, answer_tokens(run.config, run.tokenizer, examples)))
+            items[name] = [float(e.check(t)) for e, t in zip(examples, texts)]
             answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
-        items["perplexity"] = torch.cat([nats(model, run.windows[i:i + 4]) for i in range(0, len(run.windows), 4)])
-        likeness = {}
-        if healthy_states:
-            states = cka.hidden_states(model, cka_sequences(run))
-            likeness = {name: level(states, healthy_states) for name, level in cka.LEVELS.items()}
+        mine = parallel.share(run.windows)
+        items["perplexity"] = parallel.gather([x for i in range(0, len(mine), 4) for x in nats(model, mine[i:i + 4])])
+        likeness = compare(cka.hidden_states(model, cka_sequences(run)), healthy_states) if healthy_states else {}
+    items = {metric: torch.tensor(values) for metric, values in items.items()}
     return Measurement(items, answers[:: max(1, len(answers) // 3)][:3], likeness)
+
+
+def compare(states, healthy):
+    """CKA of two models' hidden states -> {level: {kind: [n_layer]}}: over each sequence's tokens, and over their last ones."""
+    pairs = list(zip(states, healthy))
+    tokens = parallel.gather([list(cka.token_level([x], [y]).values()) for x, y in pairs if x.size(1) >= 4])
+    last = parallel.gather([(x[:, -1:], y[:, -1:]) for x, y in pairs])
+    return {"tokens": dict(zip(cka.KINDS, torch.tensor(tokens).mean(0).tolist())), "samples": cka.sample_level(*zip(*last))}
 
 
 def answer_tokens(c, tokenizer, examples):
@@ -218,18 +259,18 @@ def best_choice(model, tokenizer, example):
 
 
 def nats(model, windows):
-    """Mean negative log-likelihood of each window's tokens after the first, [len(windows)]."""
-    ids = torch.tensor(windows, device=model.embed_tokens.weight.device)
+    """Mean negative log-likelihood of each window's tokens after the first, a list."""
+    ids = torch.tensor(windows, device=model.device)
     states = model.backbone(ids[:, :-1])  # the logits of one window at a time: [T, V]
-    return torch.stack([F.cross_entropy(model.head(x).float(), row[1:]) for x, row in zip(states, ids)]).cpu()
+    return [F.cross_entropy(model.head(x).float(), row[1:]).item() for x, row in zip(states, ids)]
 
 
 def cka_sequences(run):
-    """Prompt + ground truth (§4.2) of the first task's eval examples; windows of text where it has fewer than 4."""
+    """This process's share of prompt + ground truth (§4.2) of the first task's eval examples; text windows if those are < 4."""
     examples = [e for e in next(iter(run.splits.values()), []) if e.chat and e.response]
     examples = examples[:: max(1, len(examples) // run.config.cka_samples)][:run.config.cka_samples]
     sequences = [data.student_prompt(run.tokenizer, e) + run.tokenizer.answer(e.response) for e in examples]
-    return sequences if len(sequences) >= 4 else run.windows
+    return parallel.share(sequences if len(sequences) >= 4 else run.windows)
 
 
 def recovered_fraction(healthy, degraded, recovered, metric):
@@ -248,19 +289,25 @@ def recovered_fraction(healthy, degraded, recovered, metric):
 def execute(run):
     """Measure, recover, measure; returns results.json's content and the three Measurements."""
     c, seconds, stages = run.config, {}, {}
+    dtype, writer = getattr(torch, c.dtype), parallel.rank() == 0
     with timed(seconds, "healthy"):
         states = cka.hidden_states(run.teacher, cka_sequences(run))
         stages["healthy"] = measure(run, run.teacher)
     with timed(seconds, "degraded"):
-        stages["degraded"] = measure(run, run.student, states)
-    rollout = functools.partial(generate, max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p,
-                                eos_id=run.tokenizer.eos_id, generator=torch.Generator().manual_seed(c.seed),
-                                batch_size=c.batch_size)
-    with timed(seconds, "recover"), open(Path(c.out) / "metrics.jsonl", "w", encoding="utf-8") as log:
+        stages["degraded"] = measure(run, parallel.whole(run.student, dtype), states)
+    generator = torch.Generator().manual_seed(c.seed)
+
+    def rollout(student, prompts):
+        return parallel.gather(generate(
+            parallel.whole(student, dtype), prompts, c.max_new_tokens, c.temperature, c.top_p, run.tokenizer.eos_id, generator,
+            batch_size=c.batch_size, rows=parallel.share(range(len(prompts)))))
+
+    with timed(seconds, "recover"), open(Path(c.out) / "metrics.jsonl" if writer else os.devnull, "w", encoding="utf-8") as log:
         sdft.recover(run.student, run.teacher, run.batches, rollout, loss=sdft.LOSSES[c.loss], micro_batch=c.micro_batch,
-                     lr=c.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip,
-                     log=lambda line: print(json.dumps(line), file=log, flush=True))
-    quant.bake_(run.student)
+                     lr=c.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip, moments=getattr(torch, c.moments),
+                     log=lambda line: print(json.dumps(line), file=log, flush=True), progress=writer)
+    run.student = parallel.whole(run.student) if c.shard else quant.bake_(run.student)
+    compute_in_(run.student, dtype)
     with timed(seconds, "recovered"):
         stages["recovered"] = measure(run, run.student, states)
     healthy, degraded, recovered = stages.values()
@@ -284,13 +331,21 @@ def environment(run):
     """Everything a number depends on and a reader cannot see."""
     return {**run.facts, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
             "processor": cpu_name() if run.config.device == "cpu" else torch.cuda.get_device_name(),
-            "threads": torch.get_num_threads(), "date": datetime.datetime.now().isoformat(timespec="minutes"),
+            "threads": torch.get_num_threads(), "processes": parallel.size(),
+            "date": datetime.datetime.now().isoformat(timespec="minutes"),
             "peak_memory_gib": peak_memory_gib()}
 
 
 def peak_memory_gib():
     """The most memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+def bfloat16_is_fast(device):
+    """Whether the processor has instructions that multiply matrices of bfloat16."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def cpu_name():
@@ -372,18 +427,34 @@ def draw(results, steps, path):
 def main(argv=None):
     """The command line; returns the exit code, 2 for a user's mistake."""
     config = parse(argv)
+    config.device = parallel.start(config.device)
     try:
-        run = prepare(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    results, stages = execute(run)
-    save(run, results)
-    print(report(results, stages))
-    steps = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
-    draw(results, steps, Path(config.out) / "report.png")
-    print(f"wrote {config.out}/results.json, metrics.jsonl, student/")
+        with parallel.together():
+            try:
+                run = prepare(config)
+            except ValueError as error:
+                return complain(error, 2)
+            results, stages = execute(run)
+            if parallel.rank() == 0:
+                save(run, results)
+    except OSError as error:
+        return complain(error, 2)
+    except parallel.PeerLost:
+        return complain(f"another process of this run has died; {config.out}/results.json and student/ were not written", 1)
+    if parallel.rank() == 0:
+        print(report(results, stages))
+        steps = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+        draw(results, steps, Path(config.out) / "report.png")
+        print(f"wrote {config.out}/results.json, metrics.jsonl, student/")
+    parallel.stop()
     return 0
+
+
+def complain(error, code):
+    """One line, from one process; returns the exit code."""
+    if parallel.first_to_speak():
+        print(f"error: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

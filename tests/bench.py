@@ -31,7 +31,7 @@ def options(argv=None):
     parser.add_argument("--micro-batch", type=int, default=16, help="prompts that go through the models together [16]")
     parser.add_argument("--new-tokens", type=int, default=48, help="tokens of each rollout [48]")
     parser.add_argument("--steps", type=int, default=5, help="steps timed; the median is shown [5]")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before those [1]")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before those [3]")
     parser.add_argument("--degrade", default="int4", help="int2 … int8 or none: how our student is quantized [int4]")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of computation [float32]")
     parser.add_argument("--scale", action="store_true", help="also 2 and 4 times the batch, and the length")
@@ -58,15 +58,16 @@ def ours(o):
     import fetch
     import quant
     import sdft
-    from model import GPT, generate
+    from model import GPT, compute_in_, generate
     from train import peak_memory_gib
 
     folder = o.model or fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
-    teacher = GPT.from_pretrained(folder, dtype=getattr(torch, o.dtype)).eval()
-    student = copy.deepcopy(teacher)
+    student = GPT.from_pretrained(folder)
+    teacher = copy.deepcopy(student).eval().to(getattr(torch, o.dtype))
     if o.degrade != "none":
         quant.quantize_(student, o.degrade, 64)
+    compute_in_(student, getattr(torch, o.dtype))
     ids = [tokenizer.chat(p) for p in prompts(o.batch_size)]
     batches = [[sdft.Prompt(i, i) for i in ids]] * (o.warmup + o.steps)
     spent = {"quantize": 0.0, "rollout": 0.0, "teacher": 0.0, "optimizer": 0.0}
@@ -83,7 +84,7 @@ def ours(o):
     states = sdft.completion_states
     scored = timed("teacher", states)
     sdft.completion_states = lambda model, *rest: (scored if model is teacher else states)(model, *rest)
-    sdft._logits = timed("teacher", sdft._logits)
+    teacher.head = timed("teacher", teacher.head)
     quant.FakeQuantize.forward = timed("quantize", quant.FakeQuantize.forward)
     torch.optim.AdamW.step = timed("optimizer", torch.optim.AdamW.step)
     rollout = timed("rollout", functools.partial(generate, max_new_tokens=o.new_tokens, batch_size=o.batch_size,

@@ -1,0 +1,138 @@
+"""One job on several processes: which one this is, what its share of the work is, and how shares come together.
+
+    torchrun --nproc_per_node 2 train.py              # every process a whole student, gradients summed (data parallel)
+    torchrun --nproc_per_node 8 train.py --shard      # parameters, gradients and optimizer states cut into shares (FSDP2)
+
+torchrun starts the processes and tells each its number; without it there is one, and everything here passes through. All read
+the same files and take the same steps. Rollouts, the batch, and what is measured are shared out; process 0 alone writes.
+"""
+import contextlib
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from model import GPT, exact_weight
+
+
+class PeerLost(Exception):
+    """Another process of the run has died, so that this one cannot go on."""
+
+
+def start(device):
+    """Join the others, if there are any; returns this process's own device."""
+    global store
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    cuda = device.startswith("cuda") and torch.cuda.is_available()
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # torchrun keeps it
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+    signal.signal(signal.SIGTERM, _peer_lost)  # what torchrun sends when another process has died
+    return device
+
+
+def _peer_lost(*_):
+    raise PeerLost
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together():
+    """PeerLost, if another process dies while this one waits for it in the body."""
+    try:
+        yield
+    except RuntimeError as error:
+        if size() == 1 or "onnection" not in str(error):
+            raise
+        raise PeerLost from None
+
+
+def first_to_speak():
+    """True in one process only, whichever asks first."""
+    return size() == 1 or store.add("spoken", 1) == 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def first():
+    """Process 0 goes through the body before the others: it downloads, they find."""
+    if size() > 1 and rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if size() > 1 and rank() == 0:
+            dist.barrier()
+
+
+def share(items):
+    """This process's items, a contiguous part of them."""
+    return items[len(items) * rank() // size():len(items) * (rank() + 1) // size()]
+
+
+def gather(items):
+    """The lists of all processes, joined in the order of the processes: gather([f(i) for i in share(items)])."""
+    if size() == 1:
+        return items
+    lists = [None] * size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def sum_gradients_(parameters):
+    """The gradient of the whole batch from those of its shares, in place; FSDP has added them up, and divided by their number."""
+    for p in parameters if size() > 1 else ():
+        if isinstance(p, DTensor):
+            p.grad.mul_(size())
+        else:
+            dist.all_reduce(p.grad)
+
+
+def shard_(model):
+    """Cut parameters, and with them gradients and optimizer states, into one share a process, block by block (FSDP2).
+
+    Blocks are put together while they compute; embeddings and head stay so from forward to backward, since `model.head` is
+    called in between.
+    """
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "backbone")
+
+
+def sharded(model):
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def full(tensor):
+    """A tensor put together from its shares, if it is cut into such."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(model, dtype=None):
+    """The model itself, or of a sharded one a plain copy in dtype (as it is held, if None), on every process."""
+    if not sharded(model):
+        return model
+    with torch.device("meta"):
+        plain = GPT(model.config)
+    names = [name for name, _ in plain.named_parameters()]
+    plain.load_state_dict({name: exact_weight(model, name).to(dtype) for name in names}, assign=True)
+    return plain.requires_grad_(False).eval()

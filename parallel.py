@@ -39,7 +39,8 @@ def start(device):
 
 
 def _peer_lost(*_):
-    raise PeerLost
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # time to say so
+    raise PeerLost from None
 
 
 def stop():
@@ -55,7 +56,7 @@ def together():
     except RuntimeError as error:
         if size() == 1 or "onnection" not in str(error):
             raise
-        raise PeerLost from None
+        _peer_lost()
 
 
 def first_to_speak():

@@ -145,7 +145,8 @@ def add_lora_(model, rank=16, alpha=32, generator=None):
     """
     model.requires_grad_(False)
     for linear in block_linears(model):
-        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, alpha, generator))
+        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, alpha, generator),
+                                               unsafe=True)  # float32, whatever the frozen weight is
     return model
 
 

@@ -453,7 +453,7 @@ def main(argv=None):
 def complain(error, code):
     """One line, from one process; returns the exit code."""
     if parallel.first_to_speak():
-        print(f"error: {error}", file=sys.stderr)
+        print(f"\nerror: {error}" if code == 1 else f"error: {error}", file=sys.stderr)  # 1: a progress bar was left standing
     return code
 
 

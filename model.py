@@ -97,8 +97,10 @@ class KVCache:
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
 
     def keep(self, rows):
-        """Keep these rows only, a list of indices that may repeat: finished rows cost nothing more."""
-        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+        """Keep these rows only, a rising list of indices: finished rows cost nothing more."""
+        for x in (*self.k, *self.v):  # in place: a new block of this size costs more than the copy
+            x[:len(rows)] = x[rows]
+        self.k, self.v, self.length = self.k[:, :len(rows)], self.v[:, :len(rows)], self.length[rows]
 
 
 def apply_rope(x, cos, sin):
@@ -494,10 +496,12 @@ def _generate_batch(model, prompts, alive, done, max_new_tokens, temperature, to
     device = model.device
     rows = [prompts[i] for i in alive]  # shortest first
     shared = len(os.path.commonprefix([rows[0][:-1], *rows]))  # a system message, say, is read once
-    cache = KVCache(model, 1, len(rows[-1]) + max_new_tokens)
+    cache = KVCache(model, len(rows), len(rows[-1]) + max_new_tokens)
     if shared:
-        model.backbone(torch.tensor([rows[0][:shared]], device=device), cache=cache)
-    cache.keep([0] * len(rows))
+        beginning = KVCache(model, 1, shared)
+        model.backbone(torch.tensor([rows[0][:shared]], device=device), cache=beginning)
+        cache.k[:, :, :shared], cache.v[:, :, :shared] = beginning.k, beginning.v
+        cache.length += shared
     ids, mask = pad([row[shared:] for row in rows], device)
     x = model.backbone(ids, mask, cache)
     x = x[torch.arange(len(alive)), mask.sum(1) - 1]  # [B, D] at each row's last token
@@ -505,11 +509,12 @@ def _generate_batch(model, prompts, alive, done, max_new_tokens, temperature, to
         draw = u[alive, step].to(device) if temperature > 0 else None
         tokens = sample(model.head(x), temperature, top_p, draw)
         for i, token in zip(alive, tokens.tolist()):
-            done[i].append(token)
+            if not done[i] or done[i][-1] != eos_id:
+                done[i].append(token)
         rows = [b for b, i in enumerate(alive) if done[i][-1] != eos_id]
         if not rows or step + 1 == max_new_tokens:
             return
-        if len(rows) < len(alive):
+        if len(rows) <= 7 / 8 * len(alive):  # a copy of the cache costs as much as an eighth of the rows for a few steps
             alive, tokens = [alive[b] for b in rows], tokens[rows]
             cache.keep(rows)
         x = model.backbone(tokens[:, None], cache=cache)[:, 0]

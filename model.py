@@ -419,7 +419,6 @@ def exact_weight(model, name):
     module = model.get_submodule(module)
     steps = module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()
     w = steps.original if steps else getattr(module, name)
-    w = w.full_tensor() if hasattr(w, "full_tensor") else w  # a share of it, under FSDP
     for step in steps:
         w = w if isinstance(step, Cast) else step(w)
     return w.detach()

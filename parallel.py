@@ -134,6 +134,13 @@ def whole(model, dtype=None):
         return model
     with torch.device("meta"):
         plain = GPT(model.config)
-    names = [name for name, _ in plain.named_parameters()]
-    plain.load_state_dict({name: exact_weight(model, name).to(dtype) for name in names}, assign=True)
+    names, state = [name for name, _ in plain.named_parameters()], {}
+    for beginning, part in [*((f"layers.{i}.", layer) for i, layer in enumerate(model.layers)), ("", model)]:
+        part.unshard()
+        for name in names:
+            if name.startswith(beginning) and name not in state:
+                w = exact_weight(model, name)
+                state[name] = w.to(dtype or w.dtype, copy=True)
+        part.reshard()
+    plain.load_state_dict(state, assign=True)
     return plain.requires_grad_(False).eval()

@@ -135,7 +135,21 @@ class LowRank(nn.Module):
         self.scale = alpha / rank
 
     def forward(self, w):
-        return w + self.scale * (self.b @ self.a)
+        return w + _Product.apply(self.b, self.a, self.scale)
+
+
+class _Product(torch.autograd.Function):
+    """scale B A; as in `_StraightThrough`, one product serves several backward passes."""
+
+    @staticmethod
+    def forward(ctx, b, a, scale):
+        ctx.saved = b, a, scale
+        return scale * (b @ a)
+
+    @staticmethod
+    def backward(ctx, grad):
+        b, a, scale = ctx.saved
+        return scale * (grad @ a.T), scale * (b.T @ grad), None
 
 
 def add_lora_(model, rank=16, alpha=32, generator=None):

@@ -1,4 +1,5 @@
 """model.py against transformers: the same random weights in both; then saving, generation and error messages."""
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import model as model_file
-from model import GPT, GPTConfig, KVCache, generate, sample
+from model import GPT, GPTConfig, KVCache, compute_in_, exact_weight, generate, sample
 from quant import bake_, quantize_
 
 VOCAB, CONTEXT, LAYERS = 97, 64, 3
@@ -147,6 +148,67 @@ def test_cache_after_a_padded_prefill_and_with_ragged_chunks(pair, side):
             assert (logits[b][mask[b]] - expected[i][at[i]:at[i] + sizes[i]]).abs().max() < 1e-4
             at[i] += sizes[i]
     assert cache.length.tolist() == [at[2], at[0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bfloat16 over float32
+
+def test_computing_in_bfloat16_equals_a_bfloat16_model_and_trains_float32_weights(pair, tmp_path):
+    ours = copy.deepcopy(pair[1])
+    half, ids = copy.deepcopy(ours).bfloat16(), torch.tensor(random_rows(20, 20))
+    names = [name for name, _ in ours.named_parameters()]
+    compute_in_(ours, torch.bfloat16)
+    logits = ours(ids)
+    assert logits.dtype == torch.bfloat16 and torch.equal(logits, half(ids))
+    weights, expected = torch.randn(logits.shape, dtype=torch.bfloat16), {}
+    (logits * weights).sum().backward()
+    (half(ids) * weights).sum().backward()
+    for name, p in half.named_parameters():
+        expected[name] = p.grad
+    for name, p in ours.named_parameters():
+        plain = name.replace("parametrizations.", "").removesuffix(".original")
+        assert p.dtype == p.grad.dtype == torch.float32 and torch.equal(p.grad.bfloat16(), expected[plain]), name
+    ours.save_pretrained(tmp_path)
+    saved = GPT.from_pretrained(tmp_path)
+    for name in names:
+        assert torch.equal(saved.get_parameter(name), pair[1].get_parameter(name)) and torch.equal(
+            exact_weight(ours, name), pair[1].get_parameter(name)), name
+
+
+@torch.no_grad()
+def test_bfloat16_logits_are_near_those_of_float32(pair):
+    """As near as those of transformers' own bfloat16 model, within a factor of 2."""
+    oracle, ours = pair
+    ids = torch.tensor(random_rows(30, 30))
+    exact = oracle(ids).logits
+    error = (compute_in_(copy.deepcopy(ours), torch.bfloat16)(ids).float() - exact).square().mean().sqrt()
+    theirs = (copy.deepcopy(oracle).bfloat16()(ids).logits.float() - exact).square().mean().sqrt()
+    assert 0 < error < 2 * theirs
+
+
+@torch.no_grad()
+def test_bfloat16_generation_equals_the_uncached_forward(pair):
+    """A token that wins by more than the cache's rounding is the same; a near tie may fall either way."""
+    model = copy.deepcopy(pair[1]).bfloat16()
+    for prompt in random_rows(5, 9, 14):
+        completion, = generate(model, [prompt], 6, temperature=0)
+        logits = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1].float()
+        chosen = logits[torch.arange(6), completion]
+        assert (logits.max(-1).values - chosen).max() < 0.05 * logits.std()
+
+
+def test_checkpointing_gives_the_same_gradients_from_less_memory():
+    model = GPT(GPTConfig(vocab_size=VOCAB, n_layer=4, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=256))
+    ids, gradients, kept = torch.tensor(random_rows(40, 40)), [], []
+    for model.checkpointing in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            loss = model(ids).square().mean()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        kept.append(sum(sizes))
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < 0.5 * kept[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

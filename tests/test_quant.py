@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from model import GPT, GPTConfig
-from quant import bake_, dequantize_int, fake_quantize, quantize_, quantize_int
+from model import GPT, GPTConfig, compute_in_
+from quant import add_lora_, bake_, dequantize_int, fake_quantize, quantize_, quantize_int
 
 EVERY_GRID = [(bits, group_size, symmetric) for bits in range(2, 9) for group_size in (None, 16) for symmetric in (True, False)]
 every_grid = pytest.mark.parametrize("bits, group_size, symmetric", EVERY_GRID)
@@ -224,6 +224,42 @@ def test_two_backwards_through_one_cached_weight_equal_one_of_the_sum(symmetric)
             model(x).square().sum().backward()
     torch.testing.assert_close(latent(model[0]).grad, expected, rtol=1e-6, atol=1e-6)
     assert (expected[0, 1] == 0) == (not symmetric)
+
+
+def test_bake_forgets_the_type_of_computation():
+    model, plain = tiny(), tiny()
+    quantize_(model, "int4", 16)
+    compute_in_(model, torch.bfloat16)
+    up = model.layers[0].mlp.up_proj
+    expected = fake_quantize(plain.layers[0].mlp.up_proj.weight.detach(), 4, 16)
+    assert torch.equal(up.weight, expected.bfloat16())
+    assert not parametrized(bake_(model)) and torch.equal(up.weight, expected)
+    assert torch.equal(model.norm.weight, plain.norm.weight) and model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_starts_at_nothing_trains_only_its_factors_and_is_merged(dtype):
+    model = tiny().to(dtype)
+    quantize_(model, "int4", 16)
+    ids = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0))
+    before, frozen = model(ids).detach(), {k: v.clone() for k, v in model.state_dict().items()}
+    compute_in_(add_lora_(model, rank=3, alpha=6, generator=torch.Generator().manual_seed(1)), dtype)
+    assert torch.equal(model(ids), before)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 7 and all(p.dtype == torch.float32 for p in trained.values())
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in frozen.items() if k in model.state_dict())
+    up, factors = model.layers[0].mlp.up_proj, model.layers[0].mlp.up_proj.parametrizations.weight[1]
+    assert factors.a.shape == (3, 32) and factors.b.shape == (64, 3) and factors.b.abs().min() > 0
+    merged = fake_quantize(latent(up).detach(), 4, 16) + 2 * factors.b.detach() @ factors.a.detach()  # alpha / rank = 2
+    after = model(ids).detach()
+    bake_(model)
+    assert torch.equal(up.weight, merged) and not parametrized(model)
+    torch.testing.assert_close(compute_in_(model, dtype)(ids), after)
 
 
 @pytest.mark.parametrize("scheme", ["int9", "int1", "nf3", "", "int", "int44", "xint4", "INT4"])

@@ -12,9 +12,23 @@ from torch.distributions import Categorical, kl_divergence
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig, compute_in_, generate
 from quant import quantize_
-from sdft import LOSSES, Prompt, accumulate, alike, completion_states, forward_kl, jsd, micro_batches, recover, reverse_kl, sft
+from sdft import (
+    BETAS,
+    LOSSES,
+    CompactAdamW,
+    Prompt,
+    accumulate,
+    alike,
+    completion_states,
+    forward_kl,
+    jsd,
+    micro_batches,
+    recover,
+    reverse_kl,
+    sft,
+)
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
@@ -388,6 +402,43 @@ def test_same_seeds_give_the_same_student_bit_for_bit_and_no_global_generator_is
     one, same, other = run(0), run(0), run(1)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_compact_adamw_is_torchs_adamw_and_in_bfloat16_stays_near():
+    torch.manual_seed(0)
+    start, steps = torch.randn(50, 40), torch.randn(30, 50, 40) + 0.5
+
+    def trained(optimizer_of):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = optimizer_of([p])
+        for g in steps:
+            p.grad = g.clone()
+            optimizer.step()
+        return p.detach() - start, optimizer.state[p]
+
+    kind = dict(lr=1e-2, betas=BETAS, weight_decay=0.1, eps=1e-8)
+    expected, _ = trained(lambda p: torch.optim.AdamW(p, **kind))
+    same, _ = trained(lambda p: CompactAdamW(p, kind | {"dtype": torch.float32}))
+    near, state = trained(lambda p: CompactAdamW(p, kind | {"dtype": torch.bfloat16}))
+    torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-6)
+    assert 0 < (near - expected).norm() / expected.norm() < 0.01
+    assert state["m"].dtype == state["v"].dtype == torch.bfloat16
+
+
+@every_loss
+def test_recovery_in_bfloat16_follows_that_in_float32(loss):
+    """Same rollouts; losses within a few percent, and the student's own weights stay float32."""
+    lines = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        student = noisy(tiny())
+        teacher, lines[dtype] = tiny().to(dtype), []
+        compute_in_(student, dtype)
+        recover(student, teacher, batches_of(1) * 12, lambda *_: ragged(4, seed=10), loss=loss, lr=3e-3, log=lines[dtype].append,
+                progress=False)
+        assert all(p.dtype == torch.float32 for p in student.parameters())
+    exact, half = ([line["loss"] for line in lines[dtype]] for dtype in (torch.float32, torch.bfloat16))
+    assert half == pytest.approx(exact, rel=0.05) and half != exact
+    assert half[-1] < 0.8 * half[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------- sft

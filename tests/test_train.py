@@ -10,7 +10,7 @@ from conftest import make_folder
 from transformers import AutoModelForCausalLM
 
 import train
-from model import GPT
+from model import GPT, compute_in_
 
 ROOT = Path(train.__file__).parent
 QUICK = ["--steps", "3", "--batch-size", "4", "--micro-batch", "2", "--max-new-tokens", "6", "--answer-tokens", "4",
@@ -52,7 +52,8 @@ def test_results_hold_what_the_contract_names(out):
 def test_student_loaded_again_gives_the_recovered_numbers_again(folder, out):
     run = train.prepare(train.parse(["--model", str(folder), "--out", str(out / "again"), *QUICK]))
     states = train.cka.hidden_states(run.teacher, train.cka_sequences(run))
-    again = train.measure(run, GPT.from_pretrained(out / "student").eval(), states)
+    student = compute_in_(GPT.from_pretrained(out / "student").eval(), getattr(torch, run.config.dtype))
+    again = train.measure(run, student, states)
     assert {m: again.value(m) for m in again.items} == results(out)["stages"]["recovered"]
     assert {level: again.cka[level] for level in again.cka} == {k: v["recovered"] for k, v in results(out)["cka"].items()}
 
@@ -91,6 +92,29 @@ def test_other_tasks_losses_and_files(folder, tmp_path, capsys):
     assert "recovered fraction" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [["--train", "lora"], ["--moments", "bfloat16"], ["--checkpointing", "--train-embeddings"]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ways_of_training(options, dtype, folder, tmp_path):
+    """Each lowers the loss; without a change to what is trained, the first loss is that of every other."""
+    assert job(folder, tmp_path, "--steps", "8", "--lr", "1e-2", "--dtype", dtype, *options) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert results(tmp_path)["config"]["dtype"] == dtype and lines[0]["loss"] > 0
+    student = GPT.from_pretrained(tmp_path / "student")
+    assert (student.embed_tokens.weight != GPT.from_pretrained(folder).embed_tokens.weight).any() == (
+        "--train-embeddings" in options or options[0] == "--train" and dtype == "bfloat16")  # LoRA holds the rest in bfloat16
+
+
+def test_what_is_not_trained_is_held_once(folder, tmp_path):
+    def shared(*options):
+        run = train.prepare(train.parse(["--model", str(folder), "--out", str(tmp_path), *QUICK, *options]))
+        theirs = {p.data_ptr() for p in run.teacher.parameters()}
+        return [name for name, p in run.student.named_parameters() if p.data_ptr() in theirs], run.student
+    assert shared("--dtype", "float32")[0] == ["embed_tokens.weight"]
+    for dtype in ("float32", "bfloat16"):
+        names, student = shared("--train", "lora", "--dtype", dtype)
+        assert set(names) == {name for name, p in student.named_parameters() if not p.requires_grad}
+
+
 def test_best_choice_is_the_likeliest_one(folder):
     """A model that only repeats: the continuation equal to what came before is likelier. Checked against plain forwards."""
     run = train.prepare(train.parse(["--model", str(folder), "--out", str(folder / "out"), *QUICK]))
@@ -99,7 +123,7 @@ def test_best_choice_is_the_likeliest_one(folder):
     for context, continuation in example.choices:
         c, t = run.tokenizer.encode(context), run.tokenizer.encode(continuation)
         with torch.no_grad():
-            logp = run.teacher(torch.tensor([c + t])).log_softmax(-1)[0]
+            logp = run.teacher(torch.tensor([c + t])).float().log_softmax(-1)[0]
         scores.append(sum(logp[len(c) + i - 1, t[i]].item() for i in range(len(t))) / len(continuation))
     assert train.best_choice(run.teacher, run.tokenizer, example) == scores.index(max(scores))
 
@@ -155,6 +179,7 @@ def mistakes(tmp_path, folder):
         ([*m, "--text", f"{tmp_path}/latin.txt"], "latin.txt"),
         ([*m, "--text", f"{tmp_path}/a_file"], "a_file"),
         ([*m, "--steps", "0"], "--steps"),
+        ([*m, "--shard"], "torchrun"),
         ([*m, "--out", f"{tmp_path}/a_file/out"], "--out"),
     ]
 
@@ -169,7 +194,7 @@ def test_a_mistake_is_one_clear_line_exit_code_2_and_nothing_written(folder, tmp
 
 
 def test_nothing_happens_on_import_and_help_names_every_field():
-    modules = "import cka, data, fetch, model, quant, sdft, train"
+    modules = "import cka, data, fetch, model, parallel, quant, sdft, train"
     quiet = subprocess.run([sys.executable, "-c", modules], cwd=ROOT, capture_output=True, text=True)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
     text = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout

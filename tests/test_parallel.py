@@ -1,0 +1,97 @@
+"""Two processes on one CPU, started by torchrun: the same numbers as one process, and what happens when one dies."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import parallel
+
+ROOT = Path(parallel.__file__).parent
+QUICK = ["train.py", "--batch-size", "4", "--micro-batch", "2", "--max-new-tokens", "6", "--answer-tokens", "4",
+         "--eval-limit", "7", "--cka-samples", "5", "--group-size", "16", "--lr", "1e-3", "--dtype", "float32"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(launcher, *more):
+    return subprocess.run([*launcher, *QUICK, *map(str, more)], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def read(out):
+    """results.json and metrics.jsonl."""
+    return json.loads((out / "results.json").read_text()), list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+
+
+@pytest.mark.parametrize("options", [[], ["--train-embeddings"], ["--train", "lora", "--checkpointing"]])
+def test_two_processes_give_the_numbers_of_one(options, folder, tmp_path):
+    """Losses and gradient norms to 1e-4, metrics to 1e-4, CKA to 1e-6: the order of float32 sums is all that differs."""
+    command = "--model", folder, "--steps", "4", *options
+    assert run([sys.executable], *command, "--out", tmp_path / "one").returncode == 0
+    one, steps = read(tmp_path / "one")
+    for name, more in (("data parallel", []), ("sharded", ["--shard"])):
+        done = run(TORCHRUN, *command, "--out", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("recovered fraction") == 1  # one of them speaks
+        two, lines = read(tmp_path / name)
+        assert two["environment"]["processes"] == 2
+        assert [line["tokens"] for line in lines] == [line["tokens"] for line in steps]
+        for key in ("loss", "kl", "grad_norm"):
+            assert [line[key] for line in lines] == pytest.approx([line[key] for line in steps], rel=1e-4), (name, key)
+        for stage, metrics in one["stages"].items():
+            assert two["stages"][stage] == pytest.approx(metrics, rel=1e-4), (name, stage)
+        for level, stages in one["cka"].items():
+            for stage, kinds in stages.items():
+                for kind, values in kinds.items():
+                    assert two["cka"][level][stage][kind] == pytest.approx(values, abs=1e-6), (name, level, stage, kind)
+        assert sorted(p.name for p in (tmp_path / name / "student").iterdir()) == [
+            "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_with_one_line_and_no_results(victim, folder, tmp_path):
+    out = tmp_path / "out"
+    command = [*TORCHRUN, *QUICK, "--model", str(folder), "--steps", "3000", "--out", str(out)]
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        os.kill(children(started.pid)[victim], signal.SIGKILL)
+        error = started.communicate(timeout=60)[1]
+    finally:
+        started.kill()
+    assert started.returncode != 0
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "another process of this run has died" in lines[0]
+    assert [p.name for p in out.iterdir()] == ["metrics.jsonl"]
+
+
+def children(pid):
+    """The processes that torchrun started, process 0 first."""
+    return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("mistake, says", [(["--model", "nowhere"], "nowhere"), (["--batch-size", "3"], "2 processes"),
+                                           (["--out", "/dev/null/out"], "--out /dev/null/out")])
+def test_a_mistake_is_one_line_from_one_process(mistake, says, folder, tmp_path):
+    done = run(TORCHRUN, "--model", folder, "--out", tmp_path / "out", *mistake)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and len(lines) == 1 and says in lines[0], done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_shares_are_everything_once_in_order(monkeypatch):
+    for n, size in ((16, 2), (7, 3), (2, 5), (0, 2)):
+        monkeypatch.setattr(parallel, "size", lambda size=size: size)
+        shares = []
+        for rank in range(size):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            shares.append(parallel.share(list(range(n))))
+        assert sum(shares, []) == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1

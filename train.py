@@ -329,11 +329,13 @@ def timed(seconds, name):
 
 def environment(run):
     """Everything a number depends on and a reader cannot see."""
+    on_gpu = run.config.device != "cpu"
+    gpu_memory = {"peak_gpu_memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if on_gpu else {}
     return {**run.facts, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-            "processor": cpu_name() if run.config.device == "cpu" else torch.cuda.get_device_name(),
+            "processor": torch.cuda.get_device_name() if on_gpu else cpu_name(),
             "threads": torch.get_num_threads(), "processes": parallel.size(),
             "date": datetime.datetime.now().isoformat(timespec="minutes"),
-            "peak_memory_gib": peak_memory_gib()}
+            "peak_memory_gib": peak_memory_gib(), **gpu_memory}
 
 
 def peak_memory_gib():
@@ -395,7 +397,8 @@ def report(results, stages):
               f"train data {e['data_sha256']}; eval data {e['eval_sha256']} {e['eval_examples']}",
               f"seed {results['config']['seed']}; {sum(s.values()) / 60:.1f} minutes "
               f"({', '.join(f'{name} {value:.0f} s' for name, value in s.items())}), "
-              f"peak memory {e['peak_memory_gib']:.1f} GiB, {e['processor']}, {e['threads']} threads"]
+              f"peak memory {e.get('peak_gpu_memory_gib', e['peak_memory_gib']):.1f} GiB, "
+              f"{results['config']['dtype']}, {e['processor']}, {e['processes']} x {e['threads']} threads"]
     return "\n".join(lines)
 
 

@@ -33,7 +33,9 @@ def options(argv=None):
     parser.add_argument("--steps", type=int, default=5, help="steps timed; the median is shown [5]")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those [3]")
     parser.add_argument("--degrade", default="int4", help="int2 … int8 or none: how our student is quantized [int4]")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of computation [float32]")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="as train.py's [auto]")
+    parser.add_argument("--moments", default="float32", choices=["float32", "bfloat16"], help="as train.py's [float32]")
+    parser.add_argument("--checkpointing", action="store_true", help="as train.py's")
     parser.add_argument("--scale", action="store_true", help="also 2 and 4 times the batch, and the length")
     parser.add_argument("--peer", choices=["trl"], help="also time TRL's SDFTTrainer")
     parser.add_argument("--peer-dtype", default="float32,bfloat16", help="in which precisions [float32,bfloat16]")
@@ -59,8 +61,10 @@ def ours(o):
     import quant
     import sdft
     from model import GPT, compute_in_, generate
-    from train import peak_memory_gib
+    from train import bfloat16_is_fast, peak_memory_gib
 
+    if o.dtype == "auto":
+        o.dtype = "bfloat16" if bfloat16_is_fast("cpu") else "float32"
     folder = o.model or fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
     student = GPT.from_pretrained(folder)
@@ -68,6 +72,7 @@ def ours(o):
     if o.degrade != "none":
         quant.quantize_(student, o.degrade, 64)
     compute_in_(student, getattr(torch, o.dtype))
+    student.checkpointing = o.checkpointing
     ids = [tokenizer.chat(p) for p in prompts(o.batch_size)]
     batches = [[sdft.Prompt(i, i) for i in ids]] * (o.warmup + o.steps)
     spent = {"quantize": 0.0, "rollout": 0.0, "teacher": 0.0, "optimizer": 0.0}
@@ -86,7 +91,8 @@ def ours(o):
     sdft.completion_states = lambda model, *rest: (scored if model is teacher else states)(model, *rest)
     teacher.head = timed("teacher", teacher.head)
     quant.FakeQuantize.forward = timed("quantize", quant.FakeQuantize.forward)
-    torch.optim.AdamW.step = timed("optimizer", torch.optim.AdamW.step)
+    for kind in (torch.optim.AdamW, sdft.CompactAdamW):
+        kind.step = timed("optimizer", kind.step)
     rollout = timed("rollout", functools.partial(generate, max_new_tokens=o.new_tokens, batch_size=o.batch_size,
                                                  generator=torch.Generator().manual_seed(0)))
     steps = []
@@ -96,7 +102,8 @@ def ours(o):
         steps.append(parts | {"student": line["seconds"] - sum(parts.values()), "total": line["seconds"]})
         spent.update(dict.fromkeys(spent, 0.0))
 
-    sdft.recover(student, teacher, batches, rollout, loss=sdft.reverse_kl, micro_batch=o.micro_batch, log=log, progress=False)
+    sdft.recover(student, teacher, batches, rollout, loss=sdft.reverse_kl, micro_batch=o.micro_batch,
+                 moments=getattr(torch, o.moments), log=log, progress=False)
     seconds = {part: statistics.median(s[part] for s in steps[o.warmup:]) for part in steps[0]}
     blocks = sum(p.numel() for name, p in teacher.named_parameters() if "layers" in name)
     head, lengths = teacher.embed_tokens.weight.numel(), [len(i) for i in ids]
@@ -108,7 +115,7 @@ def ours(o):
     return {"seconds": seconds, "peak_gib": peak_memory_gib(), "tokens_per_second": new / seconds["total"],
             "prompt_tokens": sum(lengths), "gflops": {part: f / seconds[part] / 1e9 for part, f in flops.items()} | {
                 "total": sum(flops.values()) / seconds["total"] / 1e9},
-            "rollout_gb_per_second": read / seconds["rollout"] / 1e9, "ceilings": ceilings(torch)}
+            "rollout_gb_per_second": read / seconds["rollout"] / 1e9, "ceilings": ceilings(torch, o.dtype), "dtype": o.dtype}
 
 
 def trl(o):
@@ -151,9 +158,9 @@ def trl(o):
             "prompt_tokens": sum(lengths)}
 
 
-def ceilings(torch):
-    """The best this machine does: a float32 product of 2048 x 2048 matrices (GFLOP/s) and a copy of 512 MB (GB/s, both ways)."""
-    a, b, c, d = *torch.randn(2, 2048, 2048), *torch.ones(2, 2 ** 27)
+def ceilings(torch, dtype):
+    """The best this machine does: a product of 2048 x 2048 matrices (GFLOP/s) and a copy of 512 MB (GB/s, both ways)."""
+    a, b, c, d = *torch.randn(2, 2048, 2048).to(getattr(torch, dtype)), *torch.ones(2, 2 ** 27)
     best = {"gflops": 0.0, "gb_per_second": 0.0}
     for _ in range(5):
         t0 = time.perf_counter()
@@ -172,7 +179,8 @@ def measure(o, kind, **changes):
     """Run one child with these options changed; its results."""
     settings = {**vars(o), "child": kind, **changes}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()
-             if name not in ("scale", "peer", "peer_dtype") and value != ""]
+             if name not in ("scale", "peer", "peer_dtype", "checkpointing") and value != ""]
+    flags += ["--checkpointing"] * o.checkpointing
     done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True,
                           env=os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
     if done.returncode:
@@ -196,7 +204,7 @@ def main():
     base = measure(o, "ours")
     print(f"{o.batch_size} prompts, {base['prompt_tokens']} tokens in all; {o.new_tokens} new tokens each; "
           f"median of {o.steps} steps; {platform.machine()}, {os.cpu_count()} cores")
-    show(f"ours {o.dtype}", base)
+    show(f"ours {base['dtype']}", base)
     top = base["ceilings"]
     print("  of this machine's {:.0f} GFLOP/s: ".format(top["gflops"])
           + ", ".join(f"{part} {g / top['gflops']:.0%}" for part, g in base["gflops"].items())

@@ -130,23 +130,20 @@ def split(x, groups):
     return x.split([P + B * T for P, B, T in groups], dim=1)
 
 
-def linear(x, w, b=None):
-    """x [..., in] -> [..., out], as one product of matrices whatever the leading dimensions are."""
+def linear(x, w, b=None, blocked=None):
+    """x [..., in] -> [..., out], as one product of matrices; from the copy that `blocked_weights` made of w, if there is one."""
+    if blocked is not None:
+        return torch.ops.mkldnn._linear_pointwise(x, blocked, b, "none", [], "")
     return F.linear(x.reshape(-1, x.size(-1)), w, b).view(*x.shape[:-1], -1)
-
-
-def blocked_linear(x, w, b=None):
-    """The same, from a weight in the layout of `blocked_weights`."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
 
 class Linear(nn.Linear):
     """nn.Linear by way of `linear`."""
 
-    blocked = None  # see `blocked_weights`
+    blocked = None
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias) if self.blocked is None else blocked_linear(x, self.blocked, self.bias)
+        return linear(x, self.weight, self.bias, self.blocked)
 
 
 @contextlib.contextmanager
@@ -274,7 +271,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """Final hidden states [..., D] -> logits [..., V]."""
-        return linear(x, self.head_weight) if self.blocked is None else blocked_linear(x, self.blocked)
+        return linear(x, self.head_weight, blocked=self.blocked)
 
     @property
     def device(self):
@@ -373,8 +370,8 @@ class GPT(nn.Module):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which transformers loads; whole or not at all.
 
-        Parametrized weights (quantized, masked) are written as they act, not as the optimizer holds them; what `compute_in_`
-        rounds is written unrounded.
+        Parametrized weights (quantized, masked) are written as they act, not as the optimizer holds them; what
+        `quant.compute_in_` rounds is written unrounded.
         """
         with torch.device("meta"):
             names = [name for name, _ in GPT(self.config).named_parameters()]
@@ -391,36 +388,15 @@ class GPT(nn.Module):
         os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
 
 
-class Cast(nn.Module):
-    """A parametrization: computation sees the weight rounded to dtype, the optimizer and the saved folder do not."""
-
-    def __init__(self, dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, w):
-        return w.to(self.dtype)
-
-
-def compute_in_(model, dtype):
-    """Compute in dtype (bfloat16), in place, from float32 parameters: master weights. Last of what is done to a weight."""
-    for module in list(model.modules()):
-        names = [*dict(module.named_parameters(recurse=False)), *getattr(module, "parametrizations", ())]
-        for name in names if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)) else ():
-            if getattr(module, name).dtype != dtype:
-                parametrize.register_parametrization(module, name, Cast(dtype), unsafe=True)  # unsafe: it changes the type
-    return model
-
-
 @torch.no_grad()
 def exact_weight(model, name):
-    """A parameter, by its name in a plain GPT, as its parametrizations make it, but for `Cast`."""
+    """A parameter, by its name in a plain GPT, as its parametrizations make it, but for rounding to the type of computation."""
     module, _, name = name.rpartition(".")
     module = model.get_submodule(module)
     steps = module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()
     w = steps.original if steps else getattr(module, name)
     for step in steps:
-        w = w if isinstance(step, Cast) else step(w)
+        w = step(w) if getattr(step, "changes_the_model", True) else w
     return w.detach()
 
 

@@ -1,5 +1,8 @@
 """Fake quantization (§5.2): weights that live on an integer grid, trained with straight-through gradients.
 
+Also what else stands between a weight and its use: a low-rank update (LoRA), and the type of computation. Each is a
+parametrization of `torch.nn.utils.parametrize`, in this order, and `bake_` ends them all.
+
 First the primitives on tensors, then the module that puts them on a `nn.Linear`. A weight [out, in] is cut into groups of
 `group_size` inputs (None: one group per output channel), each with its own scale s and zero point z:
 
@@ -161,6 +164,29 @@ def add_lora_(model, rank=16, alpha=32, generator=None):
     for linear in block_linears(model):
         parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, alpha, generator),
                                                unsafe=True)  # float32, whatever the frozen weight is
+    return model
+
+
+class Cast(nn.Module):
+    """A parametrization: computation sees the weight rounded to dtype, the optimizer and the saved folder do not."""
+
+    changes_the_model = False
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, w):
+        return w.to(self.dtype)
+
+
+def compute_in_(model, dtype):
+    """Compute in dtype (bfloat16), in place, from float32 parameters: master weights. Last of what is done to a weight."""
+    leaves = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm))]
+    for module in leaves:
+        for name in [*dict(module.named_parameters(recurse=False)), *getattr(module, "parametrizations", ())]:
+            if getattr(module, name).dtype != dtype:
+                parametrize.register_parametrization(module, name, Cast(dtype), unsafe=True)  # unsafe: it changes the type
     return model
 
 

@@ -35,7 +35,7 @@ import fetch
 import parallel
 import quant
 import sdft
-from model import GPT, compute_in_, generate
+from model import GPT, generate
 
 
 def option(default, help, **extra):
@@ -164,7 +164,7 @@ def models(c, folder):
         p.requires_grad_(c.train_embeddings or not name.startswith(("embed_", "lm_head")))
     if c.train == "lora":
         quant.add_lora_(student, c.lora_rank, c.lora_alpha, torch.Generator().manual_seed(c.seed))
-    compute_in_(student, dtype)
+    quant.compute_in_(student, dtype)
     healthy = dict(teacher.named_parameters())
     for name, p in student.named_parameters():  # what is not trained need not be there twice
         same = healthy.get(name.replace("parametrizations.", "").removesuffix(".original"))
@@ -307,7 +307,7 @@ def execute(run):
                      lr=c.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip, moments=getattr(torch, c.moments),
                      log=lambda line: print(json.dumps(line), file=log, flush=True), progress=writer)
     run.student = parallel.whole(run.student) if c.shard else quant.bake_(run.student)
-    compute_in_(run.student, dtype)
+    quant.compute_in_(run.student, dtype)
     with timed(seconds, "recovered"):
         stages["recovered"] = measure(run, run.student, states)
     healthy, degraded, recovered = stages.values()

@@ -60,7 +60,7 @@ def ours(o):
     import fetch
     import quant
     import sdft
-    from model import GPT, compute_in_, generate
+    from model import GPT, generate
     from train import bfloat16_is_fast, peak_memory_gib
 
     if o.dtype == "auto":
@@ -71,7 +71,7 @@ def ours(o):
     teacher = copy.deepcopy(student).eval().to(getattr(torch, o.dtype))
     if o.degrade != "none":
         quant.quantize_(student, o.degrade, 64)
-    compute_in_(student, getattr(torch, o.dtype))
+    quant.compute_in_(student, getattr(torch, o.dtype))
     student.checkpointing = o.checkpointing
     ids = [tokenizer.chat(p) for p in prompts(o.batch_size)]
     batches = [[sdft.Prompt(i, i) for i in ids]] * (o.warmup + o.steps)

@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from data import bytes_to_unicode
 from model import GPT, GPTConfig
+from tokenizer import bytes_to_unicode
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 

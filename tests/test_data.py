@@ -14,11 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from data import (
     ELEMENTS,
-    QWEN2_PATTERN,
     Example,
     Task,
     batches,
-    bytes_to_unicode,
     contains,
     load_task,
     load_tokenizer,
@@ -30,6 +28,7 @@ from data import (
     text_windows,
     tooluse,
 )
+from tokenizer import QWEN2_PATTERN, bytes_to_unicode
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DEFAULT = Path(os.environ.get("SDFT_CACHE") or Path.home() / ".cache" / "sdft") / "SmolLM2-135M-Instruct"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import model as model_file
-from model import GPT, GPTConfig, KVCache, compute_in_, exact_weight, generate, sample
-from quant import bake_, quantize_
+from model import GPT, GPTConfig, KVCache, exact_weight, generate, sample
+from quant import bake_, compute_in_, quantize_
 
 VOCAB, CONTEXT, LAYERS = 97, 64, 3
 GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=CONTEXT, layer_norm_epsilon=1e-3,

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from model import GPT, GPTConfig, compute_in_
-from quant import add_lora_, bake_, dequantize_int, fake_quantize, quantize_, quantize_int
+from model import GPT, GPTConfig
+from quant import add_lora_, bake_, compute_in_, dequantize_int, fake_quantize, quantize_, quantize_int
 
 EVERY_GRID = [(bits, group_size, symmetric) for bits in range(2, 9) for group_size in (None, 16) for symmetric in (True, False)]
 every_grid = pytest.mark.parametrize("bits, group_size, symmetric", EVERY_GRID)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fetch
+import quant
 import train
 from model import GPT
 
@@ -34,7 +35,8 @@ def test_int4_hurts_and_a_few_steps_of_recovery_help(smollm2, tmp_path):
 
     run = train.prepare(train.parse([*argv[:-1], str(tmp_path / "again")]))
     states = train.cka.hidden_states(run.teacher, train.cka_sequences(run))
-    again = train.measure(run, GPT.from_pretrained(tmp_path / "student").eval(), states)
+    student = quant.compute_in_(GPT.from_pretrained(tmp_path / "student").eval(), getattr(torch, run.config.dtype))
+    again = train.measure(run, student, states)
     assert {m: again.value(m) for m in again.items} == recovered
 
 

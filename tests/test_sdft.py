@@ -12,8 +12,8 @@ from torch.distributions import Categorical, kl_divergence
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, compute_in_, generate
-from quant import quantize_
+from model import GPT, GPTConfig, generate
+from quant import compute_in_, quantize_
 from sdft import (
     BETAS,
     LOSSES,

@@ -10,7 +10,8 @@ from conftest import make_folder
 from transformers import AutoModelForCausalLM
 
 import train
-from model import GPT, compute_in_
+from model import GPT
+from quant import compute_in_
 
 ROOT = Path(train.__file__).parent
 QUICK = ["--steps", "3", "--batch-size", "4", "--micro-batch", "2", "--max-new-tokens", "6", "--answer-tokens", "4",

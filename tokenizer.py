@@ -1,0 +1,154 @@
+"""A Hugging Face folder's byte-level BPE tokenizer on tiktoken: GPT-2's, SmolLM2's, Qwen2's; text to ids and back, and chats."""
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import regex  # comes with tiktoken
+import tiktoken
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# As GPT-2's, after every digit was split off: a digit stands alone, and white space before one counts as at the end.
+DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary as a tiktoken Encoding.
+
+    tiktoken merges the pair whose union has the lowest rank. Ranks here are the order of the merges, not the ids, so
+    that any byte-level BPE fits: `id_of[rank]` translates. A byte that the vocabulary lacks gets a rank of its own and no id,
+    and is dropped, as Hugging Face's tokenizers drops it: after the text was split, before its pieces are merged.
+    """
+
+    def __init__(self, vocab, merges, pattern, added=(), normal_form=None, eos=None, chat_template=""):
+        """added: tokenizer.json's added_tokens; they are found in a text before anything else is done with it."""
+        self.added = {t["content"]: t["id"] for t in added}
+        self.hidden = {t["id"] for t in added if t.get("special", True)}
+        byte_of = {c: b for b, c in enumerate(bytes_to_unicode())}
+        ids = {bytes([b]): vocab.get(c) for c, b in byte_of.items()}
+        self.lacks = bytes(token[0] for token, i in ids.items() if i is None)
+        for left, right in merges:
+            ids.setdefault(bytes(byte_of[c] for c in left + right), vocab[left + right])
+        for token, i in sorted(vocab.items(), key=lambda item: item[1]):
+            if token not in self.added and all(c in byte_of for c in token):
+                ids.setdefault(bytes(byte_of[c] for c in token), i)
+        self.id_of = list(ids.values())
+        self.bytes_of = {i: token for token, i in ids.items()} | {i: token.encode() for token, i in self.added.items()}
+        ranks = {token: rank for rank, token in enumerate(ids)}
+        self.encoding = tiktoken.Encoding("folder", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.pattern, self.normal_form, self.eos, self.chat_template = pattern, normal_form, eos, chat_template
+        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.split_added = re.compile(f"({'|'.join(longest_first)})").split if added else lambda text: [text]
+        self.eos_id = self.added.get(eos, vocab.get(eos))
+
+    def encode(self, text):
+        """str -> list of ids; special tokens written out in the text become their ids, as in Hugging Face's tokenizers."""
+        ids = []
+        for part in self.split_added(text):
+            ids += [self.added[part]] if part in self.added else self._encode_plain(part)
+        return ids
+
+    def _encode_plain(self, text):
+        text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+        if not set(text.encode("utf-8", errors="replace")).intersection(self.lacks):
+            return [self.id_of[rank] for rank in self.encoding.encode_ordinary(text)]
+        pieces = (piece.encode().translate(None, self.lacks) for piece in regex.findall(self.pattern, text))
+        return [self.id_of[rank] for piece in pieces if piece for rank in self.encoding._encode_single_piece(piece)]
+
+    def decode(self, ids, keep_special=False):
+        """ids -> str; special tokens are left out unless asked for, broken UTF-8 becomes U+FFFD."""
+        kept = ids if keep_special else [i for i in ids if i not in self.hidden]
+        return b"".join(self.bytes_of.get(i, b"") for i in kept).decode("utf-8", errors="replace")
+
+    def chat(self, messages):
+        """[{"role", "content"}, …] -> ids of the prompt for the assistant's next turn.
+
+        ChatML (SmolLM2, Qwen2.5), with the template's own default system message when there is none; a model without
+        ChatML tokens gets a plain transcript: `Question: … Answer:`.
+        """
+        if "<|im_start|>" not in self.added:
+            text = {"system": "{}\n\n", "user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
+            return self.encode("".join(text[m["role"]].format(m["content"]) for m in messages) + "Answer:")
+        default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'{}]+?)<\|im_end\|>", self.chat_template)
+        if messages[0]["role"] != "system" and default:
+            messages = [{"role": "system", "content": default[1]}, *messages]
+        turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+        return self.encode("".join(turns) + "<|im_start|>assistant\n")
+
+    def answer(self, text):
+        """The ids of an assistant's answer to a `chat` prompt, end of turn included."""
+        return self.encode(text if "<|im_start|>" in self.added else " " + text) + [self.eos_id]
+
+
+def bytes_to_unicode():
+    """The printable character that stands for each byte in a byte-level BPE vocabulary (GPT-2's table), in byte order."""
+    keep = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = iter(range(256, 512))
+    return [chr(b if b in keep else next(shifted)) for b in range(256)]
+
+
+def load_tokenizer(folder):
+    """The Tokenizer of a Hugging Face folder: tokenizer.json, or vocab.json + merges.txt (GPT-2, Qwen2).
+
+    FileNotFoundError when neither is there; ValueError for a tokenizer that is not byte-level BPE.
+    """
+    folder = Path(folder)
+    config = _json(folder / "tokenizer_config.json", {})
+    eos = config.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    template = config.get("chat_template") or ""
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "tokenizer.json").exists():
+        spec = _json(folder / "tokenizer.json")
+        if spec["model"].get("type", "BPE") != "BPE" or spec["model"].get("byte_fallback"):
+            raise ValueError(f"{folder}/tokenizer.json: only byte-level BPE tokenizers are supported")
+        vocab = spec["model"]["vocab"]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
+        added = spec.get("added_tokens", [])
+        pattern, form = _pattern(spec["pre_tokenizer"], folder), (spec.get("normalizer") or {}).get("type")
+        if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+            raise ValueError(f"{folder}/tokenizer.json: the normalizer {form} is not supported")
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        vocab = _json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        added = [{**t, "id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
+        qwen = _json(folder / "config.json", {}).get("model_type") == "qwen2"
+        pattern, form = (QWEN2_PATTERN, "NFC") if qwen else (GPT2_PATTERN, None)
+        added = added or [{"content": t, "id": vocab[t]} for t in ("<|endoftext|>",) if t in vocab]
+    else:
+        raise FileNotFoundError(f"no tokenizer.json, and no vocab.json with merges.txt, in {folder}")
+    eos = eos or ("<|im_end|>" if any(t["content"] == "<|im_end|>" for t in added) else "<|endoftext|>")
+    tokenizer = Tokenizer(vocab, merges, pattern, added, form, eos, template)
+    if tokenizer.eos_id is None:
+        raise ValueError(f"{folder}: the end-of-text token {eos!r} is not in the vocabulary")
+    return tokenizer
+
+
+def _pattern(spec, folder):
+    """The one regular expression that splits as a tokenizer.json's pre_tokenizer does."""
+    spec = spec or {"type": "null"}
+    steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
+    kinds, by_regex = [step["type"] for step in steps], steps[-1].get("use_regex", True)
+    if steps[-1].get("add_prefix_space"):
+        kinds.append("add_prefix_space")
+    if kinds == ["ByteLevel"] and by_regex:
+        return GPT2_PATTERN
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and by_regex:
+        return DIGITS_PATTERN
+    if kinds == ["Split", "ByteLevel"] and not by_regex:
+        return steps[0]["pattern"]["Regex"]
+    raise ValueError(f"{folder}/tokenizer.json: the pre-tokenizer {' + '.join(kinds)} is not supported")
+
+
+def _json(path, default=None):
+    """A JSON file; `default` if it is given and the file is missing. ValueError on a file that is not JSON."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None

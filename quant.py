@@ -1,7 +1,6 @@
 """Fake quantization (§5.2): weights that live on an integer grid, trained with straight-through gradients.
 
-Also what else stands between a weight and its use: a low-rank update (LoRA), and the type of computation. Each is a
-parametrization of `torch.nn.utils.parametrize`, in this order, and `bake_` ends them all.
+Also the last that stands between a weight and its use, the type of computation; and `bake_`, which ends all of it.
 
 First the primitives on tensors, then the module that puts them on a `nn.Linear`. A weight [out, in] is cut into groups of
 `group_size` inputs (None: one group per output channel), each with its own scale s and zero point z:
@@ -11,10 +10,11 @@ First the primitives on tensors, then the module that puts them on a `nn.Linear`
 
     w_hat = s (q - z)
 
-where the asymmetric range is first widened to hold 0, so that 0 stays exactly 0. The paper quantizes to NF4 and does not say
+where the asymmetric range is first widened to hold 0, so that 0 stays exactly 0. The paper's own NF4 is here too. It does not say
 how the quantized student trains; we train straight through (Bengio et al., 1308.3432): w_hat is used forward, and its gradient
 goes to w as if rounding were the identity, except where w was clipped.
 """
+import functools
 import re
 
 import torch
@@ -32,7 +32,7 @@ def quantize_int(w, bits, group_size=None, symmetric=True):
     low, high = integer_range(bits, symmetric)
     groups = _grouped(w, group_size)
     scale, zero_point = grid(groups, bits, symmetric)
-    q = (_round_to_grid(groups, scale, zero_point)).clamp_(low, high)
+    q = _round_to_grid(groups, scale, zero_point).clamp_(low, high)
     return q.reshape(w.shape).to(torch.int8 if symmetric else torch.uint8), scale[..., 0], zero_point[..., 0].int()
 
 
@@ -44,7 +44,7 @@ def dequantize_int(q, scale, zero_point):
 
 def fake_quantize(w, bits, group_size=None, symmetric=True):
     """w [out, in] -> w_hat [out, in] on the grid; the gradient passes straight through to w where w was not clipped."""
-    return _StraightThrough.apply(w, bits, group_size, symmetric)
+    return _StraightThrough.apply(w, functools.partial(_on_integer_grid, bits=bits, group_size=group_size, symmetric=symmetric))
 
 
 def integer_range(bits, symmetric):
@@ -78,93 +78,130 @@ def _round_to_grid(groups, scale, zero_point):
     return (groups / scale).round_().add_(zero_point)
 
 
+def _on_integer_grid(w, bits, group_size, symmetric):
+    """w_hat, and where w was not clipped (None: nowhere)."""
+    low, high = integer_range(bits, symmetric)
+    groups = _grouped(w, group_size)
+    scale, zero_point = grid(groups, bits, symmetric)
+    q = _round_to_grid(groups, scale, zero_point)
+    inside = None if symmetric else ((q >= low) & (q <= high)).reshape(w.shape)  # symmetric never clips
+    return q.clamp_(low, high).sub_(zero_point).mul_(scale).reshape(w.shape), inside
+
+
 class _StraightThrough(torch.autograd.Function):
-    """Quantize and dequantize. What backward needs is kept on ctx itself, not saved with save_for_backward: one
-    quantized weight serves several micro-batches, whose backward passes each go through it."""
+    """quantize(w) -> w_hat, inside; the gradient of w_hat goes to w. What backward needs is kept on ctx itself, not saved with
+    save_for_backward: one quantized weight serves several micro-batches, whose backward passes each go through it."""
 
     @staticmethod
-    def forward(ctx, w, bits, group_size, symmetric):
-        low, high = integer_range(bits, symmetric)
-        groups = _grouped(w, group_size)
-        scale, zero_point = grid(groups, bits, symmetric)
-        q = _round_to_grid(groups, scale, zero_point)
-        ctx.inside = None if symmetric else ((q >= low) & (q <= high)).reshape(w.shape)  # symmetric never clips
-        return q.clamp_(low, high).sub_(zero_point).mul_(scale).reshape(w.shape).to(w.dtype)
+    def forward(ctx, w, quantize):
+        w_hat, ctx.inside = quantize(w)
+        return w_hat.to(w.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad if ctx.inside is None else grad * ctx.inside, None, None, None
+        return grad if ctx.inside is None else grad * ctx.inside, None
+
+
+# NF4 (QLoRA, 2305.14314): 16 quantiles of a normal distribution, scaled to [-1, 1], one of them exactly 0. A block of 64 weights,
+# in the order of memory, is scaled by its largest absolute value.
+
+NF4_CODE = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+
+
+def nf4_quantize(w, block_size=64):
+    """w -> codes uint8 [numel], indices of NF4_CODE, and absmax float32 [blocks]; the nearest value, of two the lower.
+
+    Blocks run over w in the order of memory, the last may be short. A block of zeros has absmax 0 and stays zero.
+    """
+    blocks = _blocks(w, block_size)
+    absmax = blocks.abs().amax(1)
+    unit = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
+    codes = torch.bucketize(unit, _midpoints(NF4_CODE.to(w.device)))
+    return codes.to(torch.uint8).flatten()[:w.numel()], absmax
+
+
+def nf4_dequantize(codes, absmax, shape, block_size=64):
+    """The inverse: float32 of this shape."""
+    values = _blocks(NF4_CODE.to(codes.device)[codes.int()], block_size) * absmax[:, None]
+    return values.flatten()[:codes.numel()].reshape(shape)
+
+
+def quantize_absmax(absmax, block_size=256):
+    """Double quantization: absmax as it comes back from 8 bits, with the mean taken off first (QLoRA §3), float32 [blocks].
+
+    The 8-bit code is bitsandbytes' dynamic one (2110.02861): a sign, a power of ten, and a fraction of the bits left.
+    """
+    mean = absmax.mean()
+    blocks = _blocks(absmax - mean, block_size)
+    scale = blocks.abs().amax(1, keepdim=True)
+    code = _dynamic_code().to(absmax.device)
+    unit = blocks * (1 / scale.clamp(min=1e-38))
+    return (code[torch.bucketize(unit, _midpoints(code))] * scale).flatten()[:absmax.numel()] + mean
+
+
+def _dynamic_code():
+    """The 256 values of the dynamic 8-bit code, rising: for each power of ten, 2^i equal steps from a tenth of it to itself."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** i + 1, dtype=torch.float32)
+        steps = 10 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [*steps.tolist(), *(-steps).tolist()]
+    return torch.tensor(sorted(values))
+
+
+def _midpoints(code):
+    return (code[:-1] + code[1:]) / 2
+
+
+def _blocks(x, size):
+    """x of any shape -> [blocks, size] in float32, the last padded with zeros."""
+    flat = x.detach().flatten().float()
+    return nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
+
+
+def _on_nf4_grid(w, double):
+    """w_hat, and None: nothing is clipped."""
+    codes, absmax = nf4_quantize(w)
+    return nf4_dequantize(codes, quantize_absmax(absmax) if double else absmax, w.shape), None
 
 
 class FakeQuantize(nn.Module):
-    """A parametrization: the wrapped weight is seen on the grid, the optimizer holds it in full precision."""
+    """A parametrization: the wrapped weight is seen on its grid, the optimizer holds it in full precision."""
 
-    def __init__(self, bits, group_size, symmetric):
+    def __init__(self, quantize):
         super().__init__()
-        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.quantize = quantize
 
     def forward(self, w):
-        return fake_quantize(w, self.bits, self.group_size, self.symmetric)
+        return _StraightThrough.apply(w, self.quantize)
 
 
-def scheme_bits(scheme):
-    """'int4' -> 4. ValueError for anything but int2 … int8."""
-    match = re.fullmatch(r"int([2-8])", scheme)
+def parse_scheme(scheme):
+    """'int4' -> 4, 'nf4' -> None. ValueError for anything else than int2 … int8 and nf4."""
+    match = re.fullmatch(r"int([2-8])|nf4", scheme)
     if not match:
-        raise ValueError(f"unknown quantization scheme {scheme!r}: choose int2 … int8")
-    return int(match[1])
+        raise ValueError(f"unknown quantization scheme {scheme!r}: choose int2 … int8 or nf4")
+    return match[1] and int(match[1])
 
 
-def quantize_(model, scheme, group_size=None, symmetric=True):
-    """Fake-quantize, in place, every linear of the blocks ('int2' … 'int8'); embeddings, head and norms stay.
+def quantize_(model, scheme, group_size=None, symmetric=True, double=False):
+    """Fake-quantize, in place, every linear of the blocks ('int2' … 'int8', 'nf4'); embeddings, head and norms stay.
 
-    Returns the number of weights put on the grid. ValueError for an unknown scheme or a group size that does not fit.
+    group_size and symmetric are for the integers, double (quantization of absmax) for NF4. Returns the number of weights put on
+    the grid. ValueError for an unknown scheme or a group size that does not fit.
     """
-    bits, linears = scheme_bits(scheme), block_linears(model)
-    for linear in linears:
+    bits, linears = parse_scheme(scheme), block_linears(model)
+    for linear in linears if bits else ():
         _grouped(linear.weight, group_size)  # every error comes before the first change
+    quantize = functools.partial(_on_nf4_grid, double=double)
+    if bits:
+        quantize = functools.partial(_on_integer_grid, bits=bits, group_size=group_size, symmetric=symmetric)
     for linear in linears:
-        parametrize.register_parametrization(linear, "weight", FakeQuantize(bits, group_size, symmetric))
+        parametrize.register_parametrization(linear, "weight", FakeQuantize(quantize))
     return sum(linear.weight.numel() for linear in linears)
-
-
-class LowRank(nn.Module):
-    """A parametrization: w + alpha/r B A, with A [r, in] random and B [out, r] zero at first (LoRA, 2106.09685)."""
-
-    def __init__(self, w, rank, alpha, generator):
-        super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, w.size(1), generator=generator).to(w.device) / w.size(1) ** 0.5)
-        self.b = nn.Parameter(torch.zeros(w.size(0), rank, device=w.device))
-        self.scale = alpha / rank
-
-    def forward(self, w):
-        return w + _Product.apply(self.b, self.a, self.scale)
-
-
-class _Product(torch.autograd.Function):
-    """scale B A; as in `_StraightThrough`, one product serves several backward passes."""
-
-    @staticmethod
-    def forward(ctx, b, a, scale):
-        ctx.saved = b, a, scale
-        return scale * (b @ a)
-
-    @staticmethod
-    def backward(ctx, grad):
-        b, a, scale = ctx.saved
-        return scale * (grad @ a.T), scale * (b.T @ grad), None
-
-
-def add_lora_(model, rank=16, alpha=32, generator=None):
-    """Freeze a model, in place, and add a trainable low-rank update to every linear of its blocks, after any quantization.
-
-    Baked or saved, the update is merged into the weights, which then no longer lie on the grid.
-    """
-    model.requires_grad_(False)
-    for linear in block_linears(model):
-        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, alpha, generator),
-                                               unsafe=True)  # float32, whatever the frozen weight is
-    return model
 
 
 class Cast(nn.Module):

@@ -1,7 +1,7 @@
 """Damage a language model, watch it get worse, let its healthy checkpoint teach it back, and show all three stages.
 
     python train.py --degrade int4                  # SmolLM2-135M-Instruct, fetched once
-    python train.py --degrade int3 --model DIR      # any GPT-2, Llama or Qwen2/2.5 folder
+    python train.py --degrade ffn10,nf4 --model DIR # any GPT-2, Llama or Qwen2/2.5 folder
 
 The story, top to bottom: `prepare` reads everything and finds a user's mistakes; `execute` measures the healthy model and the
 damaged one, recovers it with SDFT (§3) and measures again; `save`, `report` and `draw` write what came of it to --out.
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -32,7 +33,9 @@ from torch.nn.utils import parametrize
 import cka
 import data
 import fetch
+import lora
 import parallel
+import prune
 import quant
 import sdft
 from model import GPT, generate
@@ -48,7 +51,11 @@ class Config:
     """The whole configuration of a run; every field is a command-line option of the same name."""
 
     model: str = option("", "Hugging Face folder of the healthy model (default: SmolLM2-135M-Instruct, fetched once)")
-    degrade: str = option("int4", "the damage: int2 … int8")
+    degrade: str = option("int4", "the damage, by commas: ffn10 (percent of the neurons removed), magnitude30, wanda30 (percent "
+                          "of the weights held at zero), magnitude2:4, wanda2:4, int2 … int8, nf4")
+    importance: str = option("activation", "what ffn removes least of", choices=["activation", "weight"])
+    calibration: int = option(64, "training examples that activations are taken from, for ffn and wanda")
+    double_quant: bool = option(False, "nf4: quantize the scales too")
     group_size: int = option(64, "inputs that share a quantization scale; 0: one scale per output channel")
     symmetric: bool = option(True, "symmetric grid around 0, or an integer zero point")
     data: str = option("science,text", "prompts to recover on: science, tooluse, text, or files (.jsonl, text), by commas")
@@ -56,7 +63,7 @@ class Config:
     text: str = option("", "UTF-8 file to measure perplexity on (default: held-out part of Python's own documentation)")
     demo: bool = option(True, "show the teacher the expert demonstration")
     loss: str = option("forward_kl", "divergence between teacher and student", choices=list(sdft.LOSSES))
-    steps: int = option(25, "optimizer steps")
+    steps: int = option(28, "optimizer steps")
     batch_size: int = option(16, "prompts per step, one rollout each, shared evenly by the tasks")
     micro_batch: int = option(16, "prompts that go through the models together")
     max_new_tokens: int = option(32, "longest rollout")
@@ -111,10 +118,11 @@ class Run:
 
 def prepare(c):
     """Read and check everything; ValueError or OSError, in one line, for a user's mistake."""
-    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples", "lora_rank"):
+    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples", "lora_rank",
+                 "calibration"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
-    quant.scheme_bits(c.degrade)
+    parse_damage(c.degrade)
     if c.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {c.device}: this torch sees no CUDA device; use --device cpu")
     if c.dtype == "auto":
@@ -130,7 +138,7 @@ def prepare(c):
     with parallel.first():
         folder = Path(c.model) if c.model else fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
-    teacher, student, quantized = models(c, folder)
+    teacher, student, damage = models(c, folder, calibration_sequences(c, tokenizer, tasks))
 
     splits = {f"{t.name}_{name}": es[:c.eval_limit or None] for t in measured.values() for name, es in t.eval.items()}
     windows = data.text_windows(tokenizer, text, length=min(256, teacher.config.context_length))
@@ -143,7 +151,7 @@ def prepare(c):
     if max(longest) > teacher.config.context_length:
         raise ValueError(f"a prompt with its answer takes {max(longest)} tokens, "
                          f"more than the model's context of {teacher.config.context_length}")
-    facts = {"model": str(folder), "parameters": sum(p.numel() for p in teacher.parameters()), "quantized_weights": quantized,
+    facts = {"model": str(folder), "parameters": sum(p.numel() for p in teacher.parameters()), "damage": damage,
              "data_sha256": sha256(repr([[(e.prompt, e.response) for e in t.train] for t in tasks])),
              "eval_sha256": sha256(repr([[(e.prompt, e.response) for e in es] for es in splits.values()])),
              "eval_examples": {name: len(es) for name, es in splits.items()},
@@ -154,26 +162,69 @@ def prepare(c):
     return Run(c, folder, tokenizer, teacher, student, batches, splits, windows, facts)
 
 
-def models(c, folder):
-    """The teacher; the student, damaged and ready to be trained; and how many weights were quantized."""
+DAMAGES = re.compile(r"(?P<ffn>ffn)(?P<fraction>\d+)?|(?P<mask>magnitude|wanda)(?:(?P<n>\d+):(?P<m>\d+)|(?P<sparsity>\d+))?"
+                     r"|(?P<grid>int[2-8]|nf4)")
+
+
+def parse_damage(text):
+    """'ffn10,int4' -> the matches of DAMAGES by what they do: {"ffn": …, "grid": …}. ValueError for anything else."""
+    found = {}
+    for scheme in text.split(","):
+        match = DAMAGES.fullmatch(scheme)
+        if not match:
+            raise ValueError(f"--degrade: unknown damage {scheme!r}: choose of ffn10, magnitude30, wanda30, wanda2:4, int4, nf4")
+        if int(match["fraction"] or match["sparsity"] or 0) >= 100:
+            raise ValueError(f"--degrade: {scheme} would leave nothing")
+        kind = match["ffn"] or match["mask"] and "mask" or "grid"
+        if kind in found:
+            raise ValueError(f"--degrade: {found[kind][0]} and {scheme} cannot both be done to one weight")
+        found[kind] = match
+    return found
+
+
+def calibration_sequences(c, tokenizer, tasks):
+    """Ids of training examples, with their answers, that activations are taken from; text is read to 128 tokens."""
+    examples = data.batches(tasks, 1, c.calibration, c.seed)[0]
+    return [data.student_prompt(tokenizer, e, 128) + (tokenizer.answer(e.response) if e.chat else []) for e in examples]
+
+
+def damage_(student, c, sequences):
+    """Remove neurons, then mask weights, then quantize, in place; what was done, in numbers."""
+    found, done = parse_damage(c.degrade), {}
+    if "ffn" in found:
+        norms = prune.input_norms(student, sequences) if c.importance == "activation" else None
+        done["neurons"] = student.config.d_ff * student.config.n_layer
+        done["neurons_removed"] = prune.prune_ffn_(student, int(found["ffn"]["fraction"] or 10) / 100, norms)
+    if "mask" in found:
+        mask = found["mask"]
+        norms = prune.input_norms(student, sequences) if mask["mask"] == "wanda" else None
+        n, m = (int(mask["n"]), int(mask["m"])) if mask["m"] else (None, None)
+        done["weights_held_at_zero"] = prune.prune_(student, mask["mask"], int(mask["sparsity"] or 30) / 100, n, m, norms)
+    if "grid" in found:
+        done["weights_quantized"] = quant.quantize_(student, found["grid"][0], c.group_size or None, c.symmetric, c.double_quant)
+    return done
+
+
+def models(c, folder, sequences):
+    """The teacher; the student, damaged and ready to be trained; and what was done to it."""
     dtype = getattr(torch, c.dtype)
     student = GPT.from_pretrained(folder, dtype if c.train == "lora" else torch.float32, c.device)
     teacher = copy.deepcopy(student).to(dtype).eval().requires_grad_(False)
-    quantized = quant.quantize_(student, c.degrade, c.group_size or None, c.symmetric)
+    damage = damage_(student, c, sequences)
     for name, p in student.named_parameters():
         p.requires_grad_(c.train_embeddings or not name.startswith(("embed_", "lm_head")))
     if c.train == "lora":
-        quant.add_lora_(student, c.lora_rank, c.lora_alpha, torch.Generator().manual_seed(c.seed))
+        lora.add_lora_(student, c.lora_rank, c.lora_alpha, torch.Generator().manual_seed(c.seed))
     quant.compute_in_(student, dtype)
     healthy = dict(teacher.named_parameters())
     for name, p in student.named_parameters():  # what is not trained need not be there twice
         same = healthy.get(name.replace("parametrizations.", "").removesuffix(".original"))
-        if not p.requires_grad and same is not None and same.dtype == p.dtype:
+        if not p.requires_grad and same is not None and (same.dtype, same.shape) == (p.dtype, p.shape):
             p.data = same.data
     student.checkpointing = c.checkpointing
     if c.shard:
         parallel.shard_(student)
-    return teacher, student, quantized
+    return teacher, student, damage
 
 
 def prepare_out(out):
@@ -393,7 +444,9 @@ def report(results, stages):
                 v = by_stage[stage][kind]
                 lines.append(f"  {kind:16}{stage:10} {chart(v, least)}  last {v[-1]:.4f}  mean {sum(v) / len(v):.4f}")
     e, s = results["environment"], results["seconds"]
-    lines += ["", f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} (text {e['text_sha256']}); "
+    damage = ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in e["damage"].items())
+    lines += ["", f"damage {results['config']['degrade']}: {damage}",
+              f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} (text {e['text_sha256']}); "
               f"train data {e['data_sha256']}; eval data {e['eval_sha256']} {e['eval_examples']}",
               f"seed {results['config']['seed']}; {sum(s.values()) / 60:.1f} minutes "
               f"({', '.join(f'{name} {value:.0f} s' for name, value in s.items())}), "

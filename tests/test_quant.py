@@ -1,13 +1,27 @@
 """Fake quantization: against torch.fake_quantize_per_channel_affine, cases worked by hand, and through AdamW and bake_."""
 import copy
 
+import bitsandbytes.functional as bitsandbytes
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lora import add_lora_
 from model import GPT, GPTConfig
-from quant import add_lora_, bake_, compute_in_, dequantize_int, fake_quantize, quantize_, quantize_int
+from quant import (
+    NF4_CODE,
+    _midpoints,
+    bake_,
+    compute_in_,
+    dequantize_int,
+    fake_quantize,
+    nf4_dequantize,
+    nf4_quantize,
+    quantize_,
+    quantize_absmax,
+    quantize_int,
+)
 
 EVERY_GRID = [(bits, group_size, symmetric) for bits in range(2, 9) for group_size in (None, 16) for symmetric in (True, False)]
 every_grid = pytest.mark.parametrize("bits, group_size, symmetric", EVERY_GRID)
@@ -224,6 +238,64 @@ def test_two_backwards_through_one_cached_weight_equal_one_of_the_sum(symmetric)
             model(x).square().sum().backward()
     torch.testing.assert_close(latent(model[0]).grad, expected, rtol=1e-6, atol=1e-6)
     assert (expected[0, 1] == 0) == (not symmetric)
+
+
+# ------------------------------------------------------------------------------------------------------------------- NF4
+
+def weights_to_quantize():
+    draw = torch.Generator().manual_seed(0)
+    w = torch.randn(24, 128, generator=draw)
+    outliers = w * torch.where(torch.rand(24, 128, generator=draw) < 0.02, 50.0, 0.02)
+    zeros = w.clone()
+    zeros[3:5] = 0
+    ties = torch.cat((torch.ones(24, 1), _midpoints(NF4_CODE).repeat(24, 9)[:, :127]), dim=1)  # between two values of the code
+    return {"random": w, "outliers": outliers, "zero blocks": zeros, "all zero": torch.zeros(8, 64), "tiny": w * 1e-30,
+            "short block": torch.randn(5, 41, generator=draw), "ties": ties}
+
+
+@pytest.mark.parametrize("name", weights_to_quantize())
+def test_nf4_equals_bitsandbytes_bit_for_bit(name):
+    """Codes, absmax and what comes back, against its CPU implementation."""
+    w = weights_to_quantize()[name]
+    packed, state = bitsandbytes.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    theirs = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:w.numel()]
+    codes, absmax = nf4_quantize(w)
+    assert codes.dtype == torch.uint8 and torch.equal(codes, theirs) and torch.equal(absmax, state.absmax)
+    assert torch.equal(NF4_CODE, state.code)
+    assert torch.equal(nf4_dequantize(codes, absmax, w.shape), bitsandbytes.dequantize_4bit(packed, state))
+    if name == "all zero":
+        assert (nf4_dequantize(codes, absmax, w.shape) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["random", "outliers", "zero blocks", "short block"])
+def test_double_quantization_equals_bitsandbytes(name):
+    w = weights_to_quantize()[name].repeat(40, 1)  # several blocks of 256 scales
+    packed, state = bitsandbytes.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    theirs = bitsandbytes.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    codes, absmax = nf4_quantize(w)
+    assert torch.equal(quantize_absmax(absmax), theirs)
+    assert torch.equal(nf4_dequantize(codes, theirs, w.shape), bitsandbytes.dequantize_4bit(packed, state))
+
+
+def test_nf4_code_is_made_of_normal_quantiles():
+    """8 evenly spaced quantiles below 0 and 9 above, from 1 - 0.9677083, scaled to 1 (QLoRA, appendix E)."""
+    negative = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64))[:-1]
+    positive = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64))[:-1]
+    code = torch.cat((-negative, torch.zeros(1, dtype=torch.float64), positive.flip(0))) / positive[0]
+    torch.testing.assert_close(code.float(), NF4_CODE, atol=1e-6, rtol=0)
+
+
+def test_nf4_student_trains_straight_through_and_stays_on_the_grid():
+    model = tiny()
+    assert quantize_(model, "nf4") > 0
+    up = model.layers[0].mlp.up_proj
+    assert torch.equal(up.weight, nf4_dequantize(*nf4_quantize(latent(up)), up.weight.shape))
+    up.weight.sum().backward()
+    assert (latent(up).grad == 1).all()
+    quantized, double = up.weight.detach(), tiny()
+    quantize_(double, "nf4", double=True)
+    near = double.layers[0].mlp.up_proj.weight.detach()
+    assert 0 < (near - quantized).abs().max() < 0.01 * quantized.abs().max()
 
 
 def test_bake_forgets_the_type_of_computation():

@@ -93,6 +93,25 @@ def test_other_tasks_losses_and_files(folder, tmp_path, capsys):
     assert "recovered fraction" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("damage, counts", [
+    ("nf4", {"weights_quantized": 18_432}),
+    ("ffn", {"neurons": 128, "neurons_removed": 12}),
+    ("wanda2:4,nf4", {"weights_held_at_zero": 9_216, "weights_quantized": 18_432}),
+    ("int4,wanda,ffn50", {"neurons": 128, "neurons_removed": 64, "weights_held_at_zero": None, "weights_quantized": 12_288})])
+def test_damages_compose_and_are_counted(damage, counts, folder, tmp_path, capsys):
+    assert job(folder, tmp_path, "--degrade", damage, "--double-quant") == 0
+    found = results(tmp_path)["environment"]["damage"]
+    assert found.keys() == counts.keys() and all(found[k] == n for k, n in counts.items() if n)
+    assert f"damage {damage}: " in capsys.readouterr().out
+    ours, theirs = GPT.from_pretrained(tmp_path / "student"), AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    ids = torch.arange(3, 23)[None]
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    assert ours.config.d_ff == 64 - counts.get("neurons_removed", 0) // 2
+    if "wanda" in damage:
+        w = ours.layers[0].self_attn.q_proj.weight
+        assert (w == 0).float().mean() >= (0.5 if "2:4" in damage else 0.28)
+
+
 @pytest.mark.parametrize("options", [["--train", "lora"], ["--moments", "bfloat16"], ["--checkpointing", "--train-embeddings"]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ways_of_training(options, dtype, folder, tmp_path):
@@ -172,6 +191,10 @@ def mistakes(tmp_path, folder):
         (["--model", copy_with("kind", edit_config(model_type="mamba"))], "mamba"),
         (["--model", copy_with("short", edit_config(max_position_embeddings=64))], "context of 64"),
         ([*m, "--degrade", "int9"], "int9"),
+        ([*m, "--degrade", "int4,nf4"], "int4 and nf4"),
+        ([*m, "--degrade", "wanda2:5"], "5 to divide the 32"),
+        ([*m, "--degrade", "magnitude100"], "magnitude100 would leave nothing"),
+        ([*m, "--degrade", "ffn100"], "ffn100 would leave nothing"),
         ([*m, "--group-size", "7"], "group_size 7"),
         ([*m, "--data", "alchemy"], "alchemy"),
         ([*m, "--data", f"{tmp_path}/empty.jsonl"], "empty.jsonl"),
@@ -195,7 +218,7 @@ def test_a_mistake_is_one_clear_line_exit_code_2_and_nothing_written(folder, tmp
 
 
 def test_nothing_happens_on_import_and_help_names_every_field():
-    modules = "import cka, data, fetch, model, parallel, quant, sdft, train"
+    modules = "import cka, data, fetch, lora, model, parallel, prune, quant, sdft, tokenizer, train"
     quiet = subprocess.run([sys.executable, "-c", modules], cwd=ROOT, capture_output=True, text=True)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
     text = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -63,7 +63,7 @@ class Config:
     text: str = option("", "UTF-8 file to measure perplexity on (default: held-out part of Python's own documentation)")
     demo: bool = option(True, "show the teacher the expert demonstration")
     loss: str = option("forward_kl", "divergence between teacher and student", choices=list(sdft.LOSSES))
-    steps: int = option(28, "optimizer steps")
+    steps: int = option(25, "optimizer steps")
     batch_size: int = option(16, "prompts per step, one rollout each, shared evenly by the tasks")
     micro_batch: int = option(16, "prompts that go through the models together")
     max_new_tokens: int = option(32, "longest rollout")

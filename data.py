@@ -47,6 +47,12 @@ def student_prompt(tokenizer, example, text_tokens=32):
     return tokenizer.chat([*system, {"role": "user", "content": example.prompt}])
 
 
+def expert_answer(tokenizer, example, text_tokens=32, longest=None):
+    """The ids of the demonstration, end of turn included; of raw text, what follows its first text_tokens. At most `longest`."""
+    ids = tokenizer.answer(example.response) if example.chat else tokenizer.encode(example.prompt)[text_tokens:]
+    return ids[:longest]
+
+
 DEMONSTRATION = "{prompt}\n\nAn expert answered this as follows:\n{response}\n\nNow give your own answer."
 
 

@@ -26,10 +26,12 @@ import parallel
 
 
 class Prompt(NamedTuple):
-    """Token ids of one prompt, as the student sees it and as the teacher sees it (with the demonstration, or the same)."""
+    """Token ids of one prompt, as the student sees it and as the teacher sees it (with the demonstration, or the same); and the
+    expert's answer, which the baselines learn from."""
 
     student: list
     teacher: list
+    answer: list = ()
 
 
 # The losses: student_logits and teacher_logits [N, V], mask [N] bool or float -> 0-d tensor, nats per unmasked token.
@@ -170,7 +172,8 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
     """SDFT: teach the student back from its teacher's view of its own rollouts; trains in place.
 
     batches is a list of lists of `Prompt`; rollout(student, prompts) -> completions, lists of ids, is how the student
-    answers (`model.generate` with its settings bound). loss is one of LOSSES' functions. Rows go through the models
+    answers (`model.generate` with its settings bound); None takes the experts' answers instead: off-policy distillation, a
+    baseline. loss is one of LOSSES' functions. Rows go through the models
     micro_batch at a time. For the other arguments and what is logged see `optimize`. On several processes each must get the
     same completions for the whole batch, and goes on with its share of the rows.
     """
@@ -178,7 +181,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
 
     def gradients(batch):
         """One step's gradients into .grad; what to log."""
-        completions = rollout(student, [p.student for p in batch])
+        completions = rollout(student, [p.student for p in batch]) if rollout else [p.answer for p in batch]
         tokens = sum(map(len, completions))
         total = torch.zeros(2)
         for prompts, answers in micro_batches(parallel.share(batch), parallel.share(completions), micro_batch):
@@ -201,15 +204,14 @@ def micro_batches(batch, completions, size):
 
 
 def sft(model, batches, *, micro_batch=8, **optimization):
-    """Plain supervised fine-tuning, in place: cross-entropy on the responses. batches: lists of (prompt ids, response ids)."""
+    """Plain supervised fine-tuning, in place: cross-entropy on the experts' answers to the bare prompts. batches as `recover`."""
 
     def gradients(batch):
         """One step's gradients into .grad; what to log."""
-        tokens, total = sum(len(r) for _, r in batch), 0.0
-        mine = parallel.share(batch)
-        for prompts, responses in micro_batches([Prompt(p, p) for p, _ in mine], [r for _, r in mine], micro_batch):
-            logits = model.head(completion_states(model, [p.student for p in prompts], responses))
-            targets = torch.tensor([t for r in responses for t in r], device=logits.device)
+        tokens, total, mine = sum(len(p.answer) for p in batch), 0.0, parallel.share(batch)
+        for prompts, answers in micro_batches(mine, [p.answer for p in mine], micro_batch):
+            logits = model.head(completion_states(model, [p.student for p in prompts], answers))
+            targets = torch.tensor([t for answer in answers for t in answer], device=logits.device)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
             loss.backward()
             total += loss.item()

@@ -61,6 +61,8 @@ class Config:
     data: str = option("science,text", "prompts to recover on: science, tooluse, text, or files (.jsonl, text), by commas")
     eval: str = option("", "further tasks or .jsonl files to measure only, by commas")
     text: str = option("", "UTF-8 file to measure perplexity on (default: held-out part of Python's own documentation)")
+    recover: str = option("sdft", "sdft; or a baseline: kd (the teacher scores the expert's answers, not the student's), sft "
+                          "(the expert's answers alone), none", choices=["sdft", "kd", "sft", "none"])
     demo: bool = option(True, "show the teacher the expert demonstration")
     loss: str = option("forward_kl", "divergence between teacher and student", choices=list(sdft.LOSSES))
     steps: int = option(25, "optimizer steps")
@@ -143,7 +145,8 @@ def prepare(c):
     splits = {f"{t.name}_{name}": es[:c.eval_limit or None] for t in measured.values() for name, es in t.eval.items()}
     windows = data.text_windows(tokenizer, text, length=min(256, teacher.config.context_length))
     batches = [[sdft.Prompt(data.student_prompt(tokenizer, e, c.text_tokens),
-                            data.teacher_prompt(tokenizer, e, c.demo, c.text_tokens)) for e in batch]
+                            data.teacher_prompt(tokenizer, e, c.demo, c.text_tokens),
+                            data.expert_answer(tokenizer, e, c.text_tokens, c.max_new_tokens)) for e in batch]
                for batch in data.batches(tasks, c.steps, c.batch_size, c.seed)]
     longest = [len(p.teacher) + c.max_new_tokens for batch in batches for p in batch]
     for es in splits.values():
@@ -354,9 +357,14 @@ def execute(run):
             batch_size=c.batch_size, rows=parallel.share(range(len(prompts)))))
 
     with timed(seconds, "recover"), open(Path(c.out) / "metrics.jsonl" if writer else os.devnull, "w", encoding="utf-8") as log:
-        sdft.recover(run.student, run.teacher, run.batches, rollout, loss=sdft.LOSSES[c.loss], micro_batch=c.micro_batch,
-                     lr=c.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip, moments=getattr(torch, c.moments),
-                     log=lambda line: print(json.dumps(line), file=log, flush=True), progress=writer)
+        settings = dict(micro_batch=c.micro_batch, lr=c.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip,
+                        moments=getattr(torch, c.moments), progress=writer,
+                        log=lambda line: print(json.dumps(line), file=log, flush=True))
+        if c.recover == "sft":
+            sdft.sft(run.student, run.batches, **settings)
+        elif c.recover != "none":
+            sdft.recover(run.student, run.teacher, run.batches, rollout if c.recover == "sdft" else None,
+                         loss=sdft.LOSSES[c.loss], **settings)
     run.student = parallel.whole(run.student) if c.shard else quant.bake_(run.student)
     quant.compute_in_(run.student, dtype)
     with timed(seconds, "recovered"):
@@ -469,8 +477,9 @@ def draw(results, steps, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot([s["step"] + 1 for s in steps], [s["kl"] for s in steps])
-    left.set(title=f"Recovery from {results['config']['degrade']}", xlabel="step", ylabel="KL, nats per token", ylim=0)
+    shown = "kl" if steps and "kl" in steps[0] else "loss"
+    left.plot([s["step"] + 1 for s in steps], [s[shown] for s in steps])
+    left.set(title=f"Recovery from {results['config']['degrade']}", xlabel="step", ylabel=f"{shown}, nats per token", ylim=0)
     for level, style in (("tokens", ":"), ("samples", "-")):
         for stage, color in (("degraded", "tab:red"), ("recovered", "tab:green")):
             values = results["cka"][level][stage]["linear_debiased"]

@@ -352,6 +352,18 @@ def test_recover_step_is_the_loss_of_each_side_on_its_own_prompt(loss):
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_without_rollouts_the_experts_answers_are_scored():
+    """Off-policy distillation: the same step as if the student had answered so."""
+    batch = [Prompt(p, [7, *p], answer) for p, answer in zip(ragged(4, seed=1), ragged(4, seed=2))]
+    lines, gradients = [], []
+    for rollout_ in (None, lambda *_: [p.answer for p in batch]):
+        student = noisy(tiny())
+        gradients.append(last_gradients(student))
+        recover(student, tiny(), [batch], rollout_, log=lines.append, progress=False)
+    assert lines[0]["loss"] == lines[1]["loss"] > 0 and lines[0]["tokens"] == sum(len(p.answer) for p in batch)
+    assert all(torch.equal(gradients[0][name], g) for name, g in gradients[1].items())
+
+
 def test_micro_batch_does_not_change_the_result():
     """Of a quantized student, whose weights are shared by the micro-batches of a step."""
     runs = []
@@ -447,7 +459,8 @@ def test_sft_gradient_is_cross_entropy_on_the_responses_only():
     model, lines = tiny(), []
     plain, gradients = copy.deepcopy(model), last_gradients(model)
     rows = list(zip(ragged(5, seed=1), ragged(5, seed=2)))
-    sft(model, [rows] * 2, micro_batch=2, lr=0.0, log=lines.append, progress=False)  # twice: steps must not add up
+    batch = [Prompt(p, [], answer) for p, answer in rows]
+    sft(model, [batch] * 2, micro_batch=2, lr=0.0, log=lines.append, progress=False)  # twice: steps must not add up
     losses = []
     for prompt, response in rows:
         logp = plain(torch.tensor([prompt + response]))[0].log_softmax(-1)
@@ -461,5 +474,6 @@ def test_sft_gradient_is_cross_entropy_on_the_responses_only():
 
 def test_sft_lowers_cross_entropy():
     lines = []
-    sft(tiny(), [list(zip(ragged(4, seed=1), ragged(4, seed=2)))] * 20, lr=1e-2, log=lines.append, progress=False)
+    batch = [Prompt(p, [], answer) for p, answer in zip(ragged(4, seed=1), ragged(4, seed=2))]
+    sft(tiny(), [batch] * 20, lr=1e-2, log=lines.append, progress=False)
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]

@@ -124,6 +124,18 @@ def test_ways_of_training(options, dtype, folder, tmp_path):
         "--train-embeddings" in options or options[0] == "--train" and dtype == "bfloat16")  # LoRA holds the rest in bfloat16
 
 
+@pytest.mark.parametrize("recover", ["kd", "sft", "none"])
+def test_baselines(recover, folder, tmp_path):
+    """On the same prompts; each lowers its own loss, and nothing leaves the student as it was."""
+    assert job(folder, tmp_path, "--recover", recover, "--steps", "8", "--lr", "1e-2", "--data", "science,tooluse,text") == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    stages = results(tmp_path)["stages"]
+    if recover == "none":
+        assert not lines and stages["recovered"] == stages["degraded"]
+    else:
+        assert len(lines) == 8 and lines[-1]["loss"] < lines[0]["loss"] and ("kl" in lines[0]) == (recover == "kd")
+
+
 def test_what_is_not_trained_is_held_once(folder, tmp_path):
     def shared(*options):
         run = train.prepare(train.parse(["--model", str(folder), "--out", str(tmp_path), *QUICK, *options]))

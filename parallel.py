@@ -12,6 +12,7 @@ import signal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -27,9 +28,9 @@ def start(device):
     global store
     if "WORLD_SIZE" not in os.environ:
         return device
-    cuda = device.startswith("cuda") and torch.cuda.is_available()
+    cuda = device.startswith("cuda") and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count()
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
     if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # torchrun keeps it
@@ -113,9 +114,10 @@ def shard_(model):
     Blocks are put together while they compute; embeddings and head stay so from forward to backward, since `model.head` is
     called in between.
     """
+    mesh = init_device_mesh(model.device.type, (size(),))
     for layer in model.layers:
-        fully_shard(layer)
-    fully_shard(model, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "backbone")
 
 

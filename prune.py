@@ -12,13 +12,14 @@ over its matrix) or |W_ij| |X_j|_2 with X_j the j-th input over calibration data
 n:m keeps n of every m neighbours in a row.
 """
 import math
+import re
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from model import Linear
-from quant import block_linears
+from quant import block_linears, quantize_
 
 
 def magnitude_mask(w, sparsity):
@@ -145,3 +146,45 @@ def _part(linear, kept, dim):
     if b is not None:
         part.bias = nn.Parameter(b[kept] if dim == 0 else b.clone())
     return part
+
+
+# Damages compose: 'ffn10,wanda30,int4' is done in this order, whatever the order written.
+
+DAMAGES = re.compile(r"(?P<ffn>ffn)(?P<fraction>\d+)?|(?P<mask>magnitude|wanda)(?:(?P<n>\d+):(?P<m>\d+)|(?P<sparsity>\d+))?"
+                     r"|(?P<grid>int[2-8]|nf4)")
+
+
+def parse_damage(text):
+    """'ffn10,int4' -> the matches of DAMAGES by what they do: {"ffn": …, "grid": …}. ValueError for anything else."""
+    found = {}
+    for scheme in text.split(","):
+        match = DAMAGES.fullmatch(scheme)
+        if not match:
+            raise ValueError(f"--degrade: unknown damage {scheme!r}: choose of ffn10, magnitude30, wanda30, wanda2:4, int4, nf4")
+        if int(match["fraction"] or match["sparsity"] or 0) >= 100:
+            raise ValueError(f"--degrade: {scheme} would leave nothing")
+        kind = match["ffn"] or match["mask"] and "mask" or "grid"
+        if kind in found:
+            raise ValueError(f"--degrade: {found[kind][0]} and {scheme} cannot both be done to one weight")
+        found[kind] = match
+    return found
+
+
+def damage_(student, damage, sequences, importance, group_size, symmetric, double):
+    """Remove neurons, then mask weights, then quantize, in place; what was done, in numbers.
+
+    sequences: ids that activations are taken from; importance: of neurons, activation or weight; the rest is quantize_'s.
+    """
+    found, done = parse_damage(damage), {}
+    if "ffn" in found:
+        norms = input_norms(student, sequences) if importance == "activation" else None
+        done["neurons"] = student.config.d_ff * student.config.n_layer
+        done["neurons_removed"] = prune_ffn_(student, int(found["ffn"]["fraction"] or 10) / 100, norms)
+    if "mask" in found:
+        mask = found["mask"]
+        norms = input_norms(student, sequences) if mask["mask"] == "wanda" else None
+        n, m = (int(mask["n"]), int(mask["m"])) if mask["m"] else (None, None)
+        done["weights_held_at_zero"] = prune_(student, mask["mask"], int(mask["sparsity"] or 30) / 100, n, m, norms)
+    if "grid" in found:
+        done["weights_quantized"] = quantize_(student, found["grid"][0], group_size, symmetric, double)
+    return done

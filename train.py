@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import shutil
 import sys
@@ -118,17 +117,28 @@ class Run:
     facts: dict         # hashes and counts that results.json reports
 
 
+COUNTS = "steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples", "lora_rank", "calibration"
+NOT_NEGATIVE = "group_size", "answer_tokens", "eval_limit", "warmup", "weight_decay", "temperature"
+
+
 def prepare(c):
     """Read and check everything; ValueError or OSError, in one line, for a user's mistake."""
-    for name in ("steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples", "lora_rank",
-                 "calibration"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
-    parse_damage(c.degrade)
-    if c.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {c.device}: this torch sees no CUDA device; use --device cpu")
+    for names, least in ((COUNTS, 1), (NOT_NEGATIVE, 0)):
+        for name in names:
+            if getattr(c, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(c, name)}")
+    for name, most in (("lr", math.inf), ("clip", math.inf), ("top_p", 1)):
+        if not 0 < getattr(c, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0{' and at most 1' if most == 1 else ''}, "
+                             f"not {getattr(c, name)}")
+    prune.parse_damage(c.degrade)
+    kind, _, number = c.device.partition(":")
+    if c.device != "cpu" and (kind != "cuda" or not (number or "0").isdecimal() or int(number or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {c.device}: this torch sees {torch.cuda.device_count()} CUDA devices; try --device cpu")
     if c.dtype == "auto":
         c.dtype = "bfloat16" if bfloat16_is_fast(c.device) else "float32"
+    if c.train == "lora" and c.train_embeddings:
+        raise ValueError("--train lora trains low-rank updates alone: leave out --train-embeddings")
     if c.shard and parallel.size() == 1:
         raise ValueError("--shard cuts the student into shares for several processes; start with torchrun --nproc_per_node N")
     if c.batch_size % parallel.size():
@@ -148,6 +158,8 @@ def prepare(c):
                             data.teacher_prompt(tokenizer, e, c.demo, c.text_tokens),
                             data.expert_answer(tokenizer, e, c.text_tokens, c.max_new_tokens)) for e in batch]
                for batch in data.batches(tasks, c.steps, c.batch_size, c.seed)]
+    if c.recover in ("kd", "sft") and not all(p.answer for batch in batches for p in batch):
+        raise ValueError(f"--recover {c.recover}: some text ends within --text-tokens {c.text_tokens}; give fewer")
     longest = [len(p.teacher) + c.max_new_tokens for batch in batches for p in batch]
     for es in splits.values():
         longest.append(max(len(data.student_prompt(tokenizer, e)) for e in es) + answer_tokens(c, tokenizer, es))
@@ -165,47 +177,10 @@ def prepare(c):
     return Run(c, folder, tokenizer, teacher, student, batches, splits, windows, facts)
 
 
-DAMAGES = re.compile(r"(?P<ffn>ffn)(?P<fraction>\d+)?|(?P<mask>magnitude|wanda)(?:(?P<n>\d+):(?P<m>\d+)|(?P<sparsity>\d+))?"
-                     r"|(?P<grid>int[2-8]|nf4)")
-
-
-def parse_damage(text):
-    """'ffn10,int4' -> the matches of DAMAGES by what they do: {"ffn": …, "grid": …}. ValueError for anything else."""
-    found = {}
-    for scheme in text.split(","):
-        match = DAMAGES.fullmatch(scheme)
-        if not match:
-            raise ValueError(f"--degrade: unknown damage {scheme!r}: choose of ffn10, magnitude30, wanda30, wanda2:4, int4, nf4")
-        if int(match["fraction"] or match["sparsity"] or 0) >= 100:
-            raise ValueError(f"--degrade: {scheme} would leave nothing")
-        kind = match["ffn"] or match["mask"] and "mask" or "grid"
-        if kind in found:
-            raise ValueError(f"--degrade: {found[kind][0]} and {scheme} cannot both be done to one weight")
-        found[kind] = match
-    return found
-
-
 def calibration_sequences(c, tokenizer, tasks):
     """Ids of training examples, with their answers, that activations are taken from; text is read to 128 tokens."""
     examples = data.batches(tasks, 1, c.calibration, c.seed)[0]
     return [data.student_prompt(tokenizer, e, 128) + (tokenizer.answer(e.response) if e.chat else []) for e in examples]
-
-
-def damage_(student, c, sequences):
-    """Remove neurons, then mask weights, then quantize, in place; what was done, in numbers."""
-    found, done = parse_damage(c.degrade), {}
-    if "ffn" in found:
-        norms = prune.input_norms(student, sequences) if c.importance == "activation" else None
-        done["neurons"] = student.config.d_ff * student.config.n_layer
-        done["neurons_removed"] = prune.prune_ffn_(student, int(found["ffn"]["fraction"] or 10) / 100, norms)
-    if "mask" in found:
-        mask = found["mask"]
-        norms = prune.input_norms(student, sequences) if mask["mask"] == "wanda" else None
-        n, m = (int(mask["n"]), int(mask["m"])) if mask["m"] else (None, None)
-        done["weights_held_at_zero"] = prune.prune_(student, mask["mask"], int(mask["sparsity"] or 30) / 100, n, m, norms)
-    if "grid" in found:
-        done["weights_quantized"] = quant.quantize_(student, found["grid"][0], c.group_size or None, c.symmetric, c.double_quant)
-    return done
 
 
 def models(c, folder, sequences):
@@ -213,7 +188,7 @@ def models(c, folder, sequences):
     dtype = getattr(torch, c.dtype)
     student = GPT.from_pretrained(folder, dtype if c.train == "lora" else torch.float32, c.device)
     teacher = copy.deepcopy(student).to(dtype).eval().requires_grad_(False)
-    damage = damage_(student, c, sequences)
+    damage = prune.damage_(student, c.degrade, sequences, c.importance, c.group_size or None, c.symmetric, c.double_quant)
     for name, p in student.named_parameters():
         p.requires_grad_(c.train_embeddings or not name.startswith(("embed_", "lm_head")))
     if c.train == "lora":
@@ -276,7 +251,7 @@ def measure(run, model, healthy_states=None):
             answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
         mine = parallel.share(run.windows)
         items["perplexity"] = parallel.gather([x for i in range(0, len(mine), 4) for x in nats(model, mine[i:i + 4])])
-        likeness = compare(cka.hidden_states(model, cka_sequences(run)), healthy_states) if healthy_states else {}
+        likeness = compare(cka.hidden_states(model, cka_sequences(run)), healthy_states) if healthy_states is not None else {}
     items = {metric: torch.tensor(values) for metric, values in items.items()}
     return Measurement(items, answers[:: max(1, len(answers) // 3)][:3], likeness)
 
@@ -389,9 +364,9 @@ def timed(seconds, name):
 def environment(run):
     """Everything a number depends on and a reader cannot see."""
     on_gpu = run.config.device != "cpu"
-    gpu_memory = {"peak_gpu_memory_gib": torch.cuda.max_memory_allocated() / 2 ** 30} if on_gpu else {}
+    gpu_memory = {"peak_gpu_memory_gib": torch.cuda.max_memory_allocated(run.config.device) / 2 ** 30} if on_gpu else {}
     return {**run.facts, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-            "processor": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+            "processor": torch.cuda.get_device_name(run.config.device) if on_gpu else cpu_name(),
             "threads": torch.get_num_threads(), "processes": parallel.size(),
             "date": datetime.datetime.now().isoformat(timespec="minutes"),
             "peak_memory_gib": peak_memory_gib(), **gpu_memory}

@@ -27,7 +27,9 @@ def read(out):
     return json.loads((out / "results.json").read_text()), list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
 
 
-@pytest.mark.parametrize("options", [[], ["--train-embeddings"], ["--train", "lora", "--checkpointing"]])
+@pytest.mark.parametrize("options", [
+    ["--cka-samples", "4"], ["--train-embeddings", "--moments", "bfloat16", "--degrade", "wanda2:4,nf4"],
+    ["--train", "lora", "--checkpointing", "--eval-limit", "1"]])
 def test_two_processes_give_the_numbers_of_one(options, folder, tmp_path):
     """Losses and gradient norms to 1e-4, metrics to 1e-4, CKA to 1e-6: the order of float32 sums is all that differs."""
     command = "--model", folder, "--steps", "4", *options

@@ -1,5 +1,6 @@
 """Fake quantization: against torch.fake_quantize_per_channel_affine, cases worked by hand, and through AdamW and bake_."""
 import copy
+import json
 
 import bitsandbytes.functional as bitsandbytes
 import pytest
@@ -315,7 +316,7 @@ def test_bake_forgets_the_type_of_computation():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_starts_at_nothing_trains_only_its_factors_and_is_merged(dtype):
+def test_lora_starts_at_nothing_trains_only_its_factors_and_is_merged(dtype, tmp_path):
     model = tiny().to(dtype)
     quantize_(model, "int4", 16)
     ids = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -334,6 +335,9 @@ def test_lora_starts_at_nothing_trains_only_its_factors_and_is_merged(dtype):
     assert factors.a.shape == (3, 32) and factors.b.shape == (64, 3) and factors.b.abs().min() > 0
     merged = fake_quantize(latent(up).detach(), 4, 16) + 2 * factors.b.detach() @ factors.a.detach()  # alpha / rank = 2
     after = model(ids).detach()
+    model.save_pretrained(tmp_path)  # in float32, the type of the merged weights
+    assert torch.equal(GPT.from_pretrained(tmp_path).layers[0].mlp.up_proj.weight, merged)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
     bake_(model)
     assert torch.equal(up.weight, merged) and not parametrized(model)
     torch.testing.assert_close(compute_in_(model, dtype)(ids), after)

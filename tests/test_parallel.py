@@ -31,7 +31,7 @@ def read(out):
     ["--cka-samples", "4"], ["--train-embeddings", "--moments", "bfloat16", "--degrade", "wanda2:4,nf4"],
     ["--train", "lora", "--checkpointing", "--eval-limit", "1"]])
 def test_two_processes_give_the_numbers_of_one(options, folder, tmp_path):
-    """Losses and gradient norms to 1e-4, metrics to 1e-4, CKA to 1e-6: the order of float32 sums is all that differs."""
+    """Losses and gradient norms to 1e-4, metrics to 1e-4, CKA to 1e-5: the order of float32 sums is all that differs."""
     command = "--model", folder, "--steps", "4", *options
     assert run([sys.executable], *command, "--out", tmp_path / "one").returncode == 0
     one, steps = read(tmp_path / "one")
@@ -49,7 +49,7 @@ def test_two_processes_give_the_numbers_of_one(options, folder, tmp_path):
         for level, stages in one["cka"].items():
             for stage, kinds in stages.items():
                 for kind, values in kinds.items():
-                    assert two["cka"][level][stage][kind] == pytest.approx(values, abs=1e-6), (name, level, stage, kind)
+                    assert two["cka"][level][stage][kind] == pytest.approx(values, abs=1e-5), (name, level, stage, kind)
         assert sorted(p.name for p in (tmp_path / name / "student").iterdir()) == [
             "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 

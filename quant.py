@@ -29,10 +29,8 @@ def quantize_int(w, bits, group_size=None, symmetric=True):
 
     ValueError unless 2 <= bits <= 8 and group_size divides the inputs.
     """
-    low, high = integer_range(bits, symmetric)
-    groups = _grouped(w, group_size)
-    scale, zero_point = grid(groups, bits, symmetric)
-    q = _round_to_grid(groups, scale, zero_point).clamp_(low, high)
+    q, scale, zero_point = _round_to_grid(w, bits, group_size, symmetric)
+    q = q.clamp_(*integer_range(bits, symmetric))
     return q.reshape(w.shape).to(torch.int8 if symmetric else torch.uint8), scale[..., 0], zero_point[..., 0].int()
 
 
@@ -74,16 +72,17 @@ def _grouped(w, group_size):
     return w.reshape(w.size(0), -1, size).to(torch.promote_types(w.dtype, torch.float32))
 
 
-def _round_to_grid(groups, scale, zero_point):
-    return (groups / scale).round_().add_(zero_point)
+def _round_to_grid(w, bits, group_size, symmetric):
+    """q [out, groups, group_size], rounded but not yet clipped; scale and zero_point [out, groups, 1]."""
+    groups = _grouped(w, group_size)
+    scale, zero_point = grid(groups, bits, symmetric)
+    return (groups / scale).round_().add_(zero_point), scale, zero_point
 
 
 def _on_integer_grid(w, bits, group_size, symmetric):
-    """w_hat, and where w was not clipped (None: nowhere)."""
+    """w_hat, and where w was not clipped (None: everywhere)."""
     low, high = integer_range(bits, symmetric)
-    groups = _grouped(w, group_size)
-    scale, zero_point = grid(groups, bits, symmetric)
-    q = _round_to_grid(groups, scale, zero_point)
+    q, scale, zero_point = _round_to_grid(w, bits, group_size, symmetric)
     inside = None if symmetric else ((q >= low) & (q <= high)).reshape(w.shape)  # symmetric never clips
     return q.clamp_(low, high).sub_(zero_point).mul_(scale).reshape(w.shape), inside
 

@@ -173,9 +173,9 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
 
     batches is a list of lists of `Prompt`; rollout(student, prompts) -> completions, lists of ids, is how the student
     answers (`model.generate` with its settings bound); None takes the experts' answers instead: off-policy distillation, a
-    baseline. loss is one of LOSSES' functions. Rows go through the models
-    micro_batch at a time. For the other arguments and what is logged see `optimize`. On several processes each must get the
-    same completions for the whole batch, and goes on with its share of the rows.
+    baseline. loss is one of LOSSES' functions. Rows go through the models micro_batch at a time. For the other arguments and
+    what is logged see `optimize`. On several processes each must get the same completions for the whole batch, and goes on with
+    its share of the rows.
     """
     teacher.eval().requires_grad_(False)
 
@@ -242,8 +242,7 @@ def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, 
         with contextlib.nullcontext() if parallel.sharded(model) else once_(model):
             measured = gradients(batch)
         parallel.sum_gradients_(parameters)
-        norm = clip_grad_norm_(parameters, clip)
-        norm = parallel.full(norm).item()
+        norm = parallel.full(clip_grad_norm_(parameters, clip)).item()
         line = {"step": step, **measured, "lr": schedule.get_last_lr()[0], "grad_norm": norm}
         optimizer.step()
         optimizer.zero_grad()
@@ -278,6 +277,7 @@ class CompactAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Update every parameter that has a gradient, in place."""
         for group in self.param_groups:
             (b1, b2), lr = group["betas"], group["lr"]
             for p in filter(lambda p: p.grad is not None, group["params"]):

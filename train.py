@@ -150,7 +150,7 @@ def prepare(c):
     with parallel.first():
         folder = Path(c.model) if c.model else fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
-    teacher, student, damage = models(c, folder, calibration_sequences(c, tokenizer, tasks))
+    teacher, student, damage = models(c, folder, lambda: calibration_sequences(c, tokenizer, tasks))
 
     splits = {f"{t.name}_{name}": es[:c.eval_limit or None] for t in measured.values() for name, es in t.eval.items()}
     windows = data.text_windows(tokenizer, text, length=min(256, teacher.config.context_length))

@@ -82,10 +82,10 @@ def _check_rows(x, y, debiased):
 
 
 @torch.no_grad()
-def hidden_states(model, sequences):
+def hidden_states(model, sequences, last=False):
     """Every block's output for each sequence of ids (prompt + ground truth): a list of [n_layer, T - 1, D] on the CPU.
 
-    The first token is left out: its huge norm would decide every similarity by itself.
+    The first token is left out: its huge norm would decide every similarity by itself. last: only the last, [n_layer, 1, D].
     """
     device, states = model.device, [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # rows of like length together, little padding
@@ -94,7 +94,7 @@ def hidden_states(model, sequences):
         layers = model.backbone(pad_sequence(rows, batch_first=True).to(device), hidden=True)[1]
         layers = torch.stack(layers).float().cpu()  # [n_layer, B, T, D]
         for row, i in enumerate(batch):
-            states[i] = layers[:, row, 1:len(sequences[i])].clone()
+            states[i] = layers[:, row, len(sequences[i]) - 1 if last else 1:len(sequences[i])].clone()
     return states
 
 
@@ -113,7 +113,11 @@ def sample_level(a, b):
     return {kind: value.tolist() for kind, value in _all_kinds(_z_score(x), _z_score(y)).items()}
 
 
-LEVELS = {"tokens": token_level, "samples": sample_level}
+def between_layers(a, b):
+    """Debiased linear CKA of every layer of a with every layer of b, as `sample_level` -> [n_layer of a][n_layer of b]."""
+    x, y = (_z_score(torch.stack([h[:, -1] for h in states], dim=1).double()) for states in (a, b))
+    k, l = (_u_center(z @ z.mT).flatten(1) for z in (x, y))  # [n_layer, n n]
+    return ((k @ l.mT) / (k.norm(dim=1)[:, None] * l.norm(dim=1))).tolist()
 
 
 def _z_score(x):

@@ -48,9 +48,8 @@ def student_prompt(tokenizer, example, text_tokens=32):
 
 
 def expert_answer(tokenizer, example, text_tokens=32, longest=None):
-    """The ids of the demonstration, end of turn included; of raw text, what follows its first text_tokens. At most `longest`."""
-    ids = tokenizer.answer(example.response) if example.chat else tokenizer.encode(example.prompt)[text_tokens:]
-    return ids[:longest]
+    """The ids of the demonstration, end of turn included; of raw text, `longest` of those after its first text_tokens."""
+    return tokenizer.answer(example.response) if example.chat else tokenizer.encode(example.prompt)[text_tokens:][:longest]
 
 
 DEMONSTRATION = "{prompt}\n\nAn expert answered this as follows:\n{response}\n\nNow give your own answer."

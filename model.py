@@ -403,6 +403,15 @@ def exact_weight(model, name):
     return w.detach()
 
 
+def frozen_copy(model, dtype):
+    """A plain copy of a model, as it acts, in dtype; it does not train."""
+    with torch.device("meta"):
+        plain = GPT(model.config)
+    state = {name: exact_weight(model, name).to(dtype, copy=True) for name, _ in plain.named_parameters()}
+    plain.load_state_dict(state, assign=True)
+    return plain.requires_grad_(False).eval()
+
+
 GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h", "input_layernorm": "ln_1",
               "post_attention_layernorm": "ln_2", "self_attn": "attn", "o_proj": "c_proj", "q_proj": "c_attn",
               "k_proj": "c_attn", "v_proj": "c_attn", "up_proj": "c_fc", "down_proj": "c_proj"}

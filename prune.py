@@ -114,13 +114,12 @@ def prune_(model, method, sparsity=None, n=None, m=None, norms=None):
 
 
 @torch.no_grad()
-def prune_ffn_(model, fraction, norms=None):
+def prune_ffn_(model, fraction, norms=None, multiple=1):
     """Remove the least important `fraction` of each block's hidden neurons, in place, and for good; returns how many in all.
 
-    Important by activation with norms from `input_norms`, else by weight. Every block keeps the same number, at least one.
+    Important by activation with norms from `input_norms`, else by weight. Every block keeps the same number, see `neurons_kept`.
     """
-    old = model.config.d_ff
-    keep = max(1, old - round(fraction * old))
+    old, keep = model.config.d_ff, neurons_kept(model.config.d_ff, fraction, multiple)
     for layer in model.layers:
         mlp = layer.mlp
         score = mlp.down_proj.weight.float().norm(dim=0)
@@ -136,6 +135,11 @@ def prune_ffn_(model, fraction, norms=None):
         mlp.down_proj = _part(mlp.down_proj, kept, 1)
     model.config.d_ff = keep
     return (old - keep) * len(model.layers)
+
+
+def neurons_kept(neurons, fraction, multiple=1):
+    """How many are left, without `fraction` of them: the nearest multiple (of a group of what comes after), at least one."""
+    return max(1, round((neurons - round(fraction * neurons)) / multiple)) * multiple
 
 
 def _part(linear, kept, dim):
@@ -170,17 +174,36 @@ def parse_damage(text):
     return found
 
 
+def check_damage(config, damage, group_size):
+    """Of what the number of neurons that a block keeps must be a multiple; config is the GPTConfig of what will be damaged.
+
+    ValueError if the groups of what comes after neurons, n:m or a quantization's, do not fit its linears.
+    """
+    found = parse_damage(damage) if damage else {}
+    sizes = {}
+    if "mask" in found and found["mask"]["m"]:
+        sizes[f"{found['mask'][0]}: its groups of {found['mask']['m']} do"] = int(found["mask"]["m"])
+    if "grid" in found and found["grid"][0] != "nf4" and group_size:
+        sizes[f"group_size {group_size} does"] = group_size
+    multiple = math.lcm(*sizes.values())
+    for name, size in sizes.items():
+        for inputs in (config.d_model, config.n_head * config.head_dim, multiple if "ffn" in found else config.d_ff):
+            if inputs % size:
+                raise ValueError(f"{name} not divide the {inputs} inputs of a linear layer")
+    return multiple
+
+
 def damage_(student, damage, sequences, importance, group_size, symmetric, double):
     """Remove neurons, then mask weights, then quantize, in place; what was done, in numbers.
 
     sequences(): ids that activations are taken from, read only if needed; importance: of neurons, activation or weight; the rest
     is quantize_'s.
     """
-    found, done = parse_damage(damage), {}
+    found, done, multiple = parse_damage(damage), {}, check_damage(student.config, damage, group_size)
     if "ffn" in found:
         norms = input_norms(student, sequences()) if importance == "activation" else None
         done["neurons"] = student.config.d_ff * student.config.n_layer
-        done["neurons_removed"] = prune_ffn_(student, int(found["ffn"]["fraction"] or 10) / 100, norms)
+        done["neurons_removed"] = prune_ffn_(student, int(found["ffn"]["fraction"] or 10) / 100, norms, multiple)
     if "mask" in found:
         mask = found["mask"]
         norms = input_norms(student, sequences()) if mask["mask"] == "wanda" else None

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import parallel
+from model import exact_weight
 
 
 class Prompt(NamedTuple):
@@ -168,14 +169,14 @@ def accumulate(student, states, teacher_logits, loss, share, chunk=128):
     return total
 
 
-def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=8, **optimization):
+def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, micro_batch=8, **optimization):
     """SDFT: teach the student back from its teacher's view of its own rollouts; trains in place.
 
     batches is a list of lists of `Prompt`; rollout(student, prompts) -> completions, lists of ids, is how the student
     answers (`model.generate` with its settings bound); None takes the experts' answers instead: off-policy distillation, a
-    baseline. loss is one of LOSSES' functions. Rows go through the models micro_batch at a time. For the other arguments and
-    what is logged see `optimize`. On several processes each must get the same completions for the whole batch, and goes on with
-    its share of the rows.
+    baseline. loss is one of LOSSES' functions. With ema > 0 the teacher, in place, follows the student after each step. Rows go
+    through the models micro_batch at a time. For the other arguments and what is logged see `optimize`. On several processes
+    each must get the same completions for the whole batch, and goes on with its share of the rows.
     """
     teacher.eval().requires_grad_(False)
 
@@ -192,7 +193,24 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, micro_batch=
         value, kl = sum(parallel.gather([total])).tolist()
         return {"loss": value, "kl": kl, "tokens": tokens}
 
-    return optimize(student, batches, gradients, **optimization)
+    return optimize(student, batches, gradients, after_step=follow(teacher, student, ema) if ema else None, **optimization)
+
+
+def follow(teacher, student, rate):
+    """A function that moves the teacher, in place, towards the student: phi <- rate theta + (1 - rate) phi (Shenfeld et al.).
+
+    phi is kept in float32: in bfloat16 a step of 1 % would round to none. ValueError if the two are not of one shape.
+    """
+    phi = {name: p.detach().float() for name, p in teacher.named_parameters()}
+    if teacher.config != student.config:
+        raise ValueError("a teacher can only follow a student of its own shape")
+
+    @torch.no_grad()
+    def step():
+        plain = parallel.whole(student)
+        for name, p in teacher.named_parameters():
+            p.copy_(phi[name].lerp_(exact_weight(plain, name).to(p.device).float(), rate))
+    return step
 
 
 def micro_batches(batch, completions, size):
@@ -221,12 +239,13 @@ def sft(model, batches, *, micro_batch=8, **optimization):
 
 
 def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0, moments=torch.float32, log=None,
-             progress=True):
+             after_step=None, progress="recover"):
     """AdamW with gradient clipping, one step a batch, in place; lr warms up linearly and decays to 0 over the second half.
 
     gradients(batch) accumulates .grad and returns what to log: at least loss and tokens. log(dict) gets that with step, lr,
-    grad_norm and seconds. moments is the type that AdamW's two averages are kept in. Parametrized weights are computed once a
-    step, with their graph, and shared by everything in it; a sharded model's are put together for each pass instead.
+    grad_norm and seconds; after_step() is called last; progress names the progress bar, "" for none. moments is the type that
+    AdamW's two averages are kept in. Parametrized weights are computed once a step, with their graph, and shared by everything
+    in it; a sharded model's are put together for each pass instead.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if moments == torch.float32:
@@ -236,7 +255,7 @@ def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (warmup + 1), 1, 2 * (1 - step / len(batches))))
     model.train()
-    bar = tqdm(batches, desc="recover", unit="step", disable=not progress)
+    bar = tqdm(batches, desc=progress, unit="step", disable=not progress)
     for step, batch in enumerate(bar):
         began = time.perf_counter()
         with contextlib.nullcontext() if parallel.sharded(model) else once_(model):
@@ -247,6 +266,8 @@ def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, 
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        if after_step:
+            after_step()
         line["seconds"] = time.perf_counter() - began
         bar.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "kl") if k in line} | {
             "tok/s": f"{line['tokens'] / line['seconds']:.0f}"})

@@ -2,9 +2,10 @@
 
     python train.py --degrade int4                  # SmolLM2-135M-Instruct, fetched once
     python train.py --degrade ffn10,nf4 --model DIR # any GPT-2, Llama or Qwen2/2.5 folder
+    python train.py --report runs                   # the tables and figures of many runs
 
-The story, top to bottom: `prepare` reads everything and finds a user's mistakes; `execute` measures the healthy model and the
-damaged one, recovers it with SDFT (§3) and measures again; `save`, `report` and `draw` write what came of it to --out.
+The story, top to bottom: `prepare` reads everything, finds a user's mistakes and lists the `Stage`s; `execute` goes through them,
+each of which trains or damages the student and measures it: healthy, degraded, recovered; `save` writes what came of it to --out.
 
 Where this departs from the paper, or fills in what it leaves open, is listed in README.
 """
@@ -26,18 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils import parametrize
 
-import cka
 import data
+import evaluate
 import fetch
 import lora
 import parallel
 import prune
 import quant
+import report
 import sdft
-from model import GPT, generate
+from model import GPT, frozen_copy, generate
 
 
 def option(default, help, **extra):
@@ -51,17 +51,26 @@ class Config:
 
     model: str = option("", "Hugging Face folder of the healthy model (default: SmolLM2-135M-Instruct, fetched once)")
     degrade: str = option("int4", "the damage, by commas: ffn10 (percent of the neurons removed), magnitude30, wanda30 (percent "
-                          "of the weights held at zero), magnitude2:4, wanda2:4, int2 … int8, nf4")
+                          "of the weights held at zero), magnitude2:4, wanda2:4, int2 … int8, nf4; before these: forget (an "
+                          "expert on --data is made, then fine-tuned on --forget-data), or a damaged model's folder; or none")
+    forget_data: str = option("tooluse", "forget: what the expert is fine-tuned on, for --forget-steps at --forget-lr")
+    forget_steps: int = option(10, "steps of that")
+    forget_lr: float = option(1e-4, "its peak learning rate")
+    expert_steps: int = option(25, "steps that make the healthy model, where forget or --bootstrap does")
+    bootstrap: str = option("", "folder of a larger model that first teaches the healthy one, off-policy (§5.3)")
     importance: str = option("activation", "what ffn removes least of", choices=["activation", "weight"])
     calibration: int = option(64, "training examples that activations are taken from, for ffn and wanda")
     double_quant: bool = option(False, "nf4: quantize the scales too")
     group_size: int = option(64, "inputs that share a quantization scale; 0: one scale per output channel")
     symmetric: bool = option(True, "symmetric grid around 0, or an integer zero point")
     data: str = option("science,text", "prompts to recover on: science, tooluse, text, or files (.jsonl, text), by commas")
-    eval: str = option("", "further tasks or .jsonl files to measure only, by commas")
+    eval: str = option("", "further tasks, .jsonl files, or text files (for perplexity) to measure only, by commas")
     text: str = option("", "UTF-8 file to measure perplexity on (default: held-out part of Python's own documentation)")
     recover: str = option("sdft", "sdft; or a baseline: kd (the teacher scores the expert's answers, not the student's), sft "
-                          "(the expert's answers alone), none", choices=["sdft", "kd", "sft", "none"])
+                          "(the expert's answers alone), none; several, by commas: each from the same damage")
+    teacher: str = option("healthy", "healthy (as before the damage: with forget, the expert), base (--model), or a folder; "
+                          "several, by commas: each from the same damage")
+    ema: float = option(0.0, "how far the teacher follows the student each step (Shenfeld et al.: 0.01); 0: it stays as it is")
     demo: bool = option(True, "show the teacher the expert demonstration")
     loss: str = option("forward_kl", "divergence between teacher and student", choices=list(sdft.LOSSES))
     steps: int = option(25, "optimizer steps")
@@ -90,6 +99,7 @@ class Config:
     dtype: str = option("auto", "of computation; what is trained is float32 (auto: bfloat16 where the processor is made for it)",
                         choices=["auto", "float32", "bfloat16"])
     out: str = option("out", "folder for results.json, metrics.jsonl, student/ and report.png")
+    report: str = option("", "only collect finished runs: print the tables of these folders, and what lies in them", nargs="+")
 
 
 def parse(argv=None):
@@ -103,106 +113,171 @@ def parse(argv=None):
 
 
 @dataclass
+class Stage:
+    """One step of the story: the student is taught, or damaged, or both; then it is measured under this name."""
+
+    name: str
+    how: str = "none"       # of teaching: sdft, kd, sft, none
+    teacher: str = ""       # a name in Run.models
+    batches: list = ()      # of lists of sdft.Prompt
+    lr: float = 0.0
+    damage: str = ""        # schemes of prune.parse_damage
+
+
+@dataclass
 class Run:
     """What `prepare` made of a Config: everything that a mistake of the user's could have broken."""
 
     config: Config
     folder: Path
     tokenizer: data.Tokenizer
-    teacher: GPT
-    student: GPT
-    batches: list       # of lists of sdft.Prompt
+    models: dict        # who can teach: "base" and folders, frozen, in the type of computation; "healthy" comes in time
+    student: GPT        # to be damaged: an ordinary model
+    stages: list        # of Stage, up to the damage
+    recoveries: list    # of Stage, each of which starts from the damage
+    calibration: object  # () -> ids that activations are taken from
+    sequences: dict     # task -> ids that CKA is measured on
     splits: dict        # metric name -> list of Example
-    windows: list       # of lists of ids, for perplexity
+    windows: dict       # metric name -> lists of ids, for perplexity
     facts: dict         # hashes and counts that results.json reports
 
 
-COUNTS = "steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples", "lora_rank", "calibration"
+COUNTS = ("steps", "forget_steps", "expert_steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples",
+          "lora_rank", "calibration")
 NOT_NEGATIVE = "group_size", "answer_tokens", "eval_limit", "warmup", "weight_decay", "temperature"
+WAYS = "sdft", "kd", "sft", "none"
+POSITIVE = {"lr": math.inf, "forget_lr": math.inf, "clip": math.inf, "top_p": 1}
 
 
-def prepare(c):
-    """Read and check everything; ValueError or OSError, in one line, for a user's mistake."""
+def check_options(c):
+    """ValueError for options that are out of range or do not go together."""
     for names, least in ((COUNTS, 1), (NOT_NEGATIVE, 0)):
         for name in names:
             if getattr(c, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(c, name)}")
-    for name, most in (("lr", math.inf), ("clip", math.inf), ("top_p", 1)):
+    for name, most in POSITIVE.items():
         if not 0 < getattr(c, name) <= most:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0{' and at most 1' if most == 1 else ''}, "
                              f"not {getattr(c, name)}")
-    prune.parse_damage(c.degrade)
+    if not 0 <= c.ema < 1:
+        raise ValueError(f"--ema must be at least 0 and less than 1, not {c.ema}")
+    for how in c.recover.split(","):
+        if how not in WAYS:
+            raise ValueError(f"--recover: unknown way {how!r}: choose of {', '.join(WAYS)}")
     kind, _, number = c.device.partition(":")
     if c.device != "cpu" and (kind != "cuda" or not (number or "0").isdecimal() or int(number or 0) >= torch.cuda.device_count()):
         raise ValueError(f"--device {c.device}: this torch sees {torch.cuda.device_count()} CUDA devices; try --device cpu")
-    if c.dtype == "auto":
-        c.dtype = "bfloat16" if bfloat16_is_fast(c.device) else "float32"
     if c.train == "lora" and c.train_embeddings:
         raise ValueError("--train lora trains low-rank updates alone: leave out --train-embeddings")
     if c.shard and parallel.size() == 1:
         raise ValueError("--shard cuts the student into shares for several processes; start with torchrun --nproc_per_node N")
     if c.batch_size % parallel.size():
         raise ValueError(f"--batch-size {c.batch_size} cannot be shared evenly by {parallel.size()} processes")
+
+
+def prepare(c):
+    """Read and check everything; ValueError or OSError, in one line, for a user's mistake."""
+    check_options(c)
+    start, damage = split_damage(c.degrade)
+    if c.dtype == "auto":
+        c.dtype = "bfloat16" if bfloat16_is_fast(c.device) else "float32"
     tasks = [data.load_task(name) for name in c.data.split(",")]
-    measured = {t.name: t for t in [*tasks, *(data.load_task(name) for name in c.eval.split(",") if name)]}
+    further = [data.load_task(name) for name in c.eval.split(",") if name and not is_text(name)]
+    forgetting = [data.load_task(name) for name in c.forget_data.split(",")] if start == "forget" else []
     text = data.read_text(c.text) if c.text else data.split_text()[1]
 
     with parallel.first():
         folder = Path(c.model) if c.model else fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
-    teacher, student, damage = models(c, folder, lambda: calibration_sequences(c, tokenizer, tasks))
+    dtype = getattr(torch, c.dtype)
+    student = GPT.from_pretrained(folder, dtype if c.train == "lora" else torch.float32, c.device)
+    models = {"base": frozen_copy(student, dtype)}
+    for name in {*c.teacher.split(","), c.bootstrap} - {"healthy", "base", ""}:
+        models[name] = GPT.from_pretrained(name, dtype, c.device).eval().requires_grad_(False)
+        if data.load_tokenizer(name).encode(text[:4000]) != tokenizer.encode(text[:4000]):
+            raise ValueError(f"{name}: a teacher must have the tokenizer of the student, {folder}")
+    if start not in ("", "forget"):
+        if c.bootstrap:
+            raise ValueError(f"--bootstrap makes the healthy model, and {start} is a damaged one: leave out one of them")
+        student = GPT.from_pretrained(start, dtype if c.train == "lora" else torch.float32, c.device)
+    prune.check_damage(student.config, damage, c.group_size)
 
+    def prompts(tasks, steps, order, both=False):
+        """Batches of sdft.Prompt; both: the student sees the demonstration too."""
+        return [[sdft.Prompt(data.teacher_prompt(tokenizer, e, both, c.text_tokens),
+                             data.teacher_prompt(tokenizer, e, both or c.demo, c.text_tokens),
+                             data.expert_answer(tokenizer, e, c.text_tokens, c.max_new_tokens)) for e in batch]
+                for batch in data.batches(tasks, steps, c.batch_size, order)]
+
+    stages, degraded = [Stage("healthy")], Stage("degraded", damage=damage)
+    if start == "forget" or c.bootstrap:
+        how, teacher = ("kd", c.bootstrap) if c.bootstrap else ("sdft", "base")
+        first = prompts(tasks, c.expert_steps, f"expert {c.seed}", both=bool(c.bootstrap))
+        stages = [Stage("base"), Stage("healthy", how, teacher, first, c.lr)]
+    if start == "forget":
+        degraded = Stage("degraded", "sft", "", prompts(forgetting, c.forget_steps, f"forget {c.seed}"), c.forget_lr, damage)
+    if start or damage:
+        stages += [degraded]
+    batches = prompts(tasks, c.steps, c.seed)
+    ways = [(how, teacher) for how in c.recover.split(",") for teacher in c.teacher.split(",")]
+    recoveries = [Stage("_".join(["recovered", *(way if len(ways) > 1 else ())]), *way, batches, c.lr)
+                  for way in ways]
+
+    measured = {t.name: t for t in [*tasks, *forgetting, *further]}
     splits = {f"{t.name}_{name}": es[:c.eval_limit or None] for t in measured.values() for name, es in t.eval.items()}
-    windows = data.text_windows(tokenizer, text, length=min(256, teacher.config.context_length))
-    batches = [[sdft.Prompt(data.student_prompt(tokenizer, e, c.text_tokens),
-                            data.teacher_prompt(tokenizer, e, c.demo, c.text_tokens),
-                            data.expert_answer(tokenizer, e, c.text_tokens, c.max_new_tokens)) for e in batch]
-               for batch in data.batches(tasks, c.steps, c.batch_size, c.seed)]
-    if c.recover in ("kd", "sft") and not all(p.answer for batch in batches for p in batch):
-        raise ValueError(f"--recover {c.recover}: some text ends within --text-tokens {c.text_tokens}; give fewer")
-    longest = [len(p.teacher) + c.max_new_tokens for batch in batches for p in batch]
-    for es in splits.values():
-        longest.append(max(len(data.student_prompt(tokenizer, e)) for e in es) + answer_tokens(c, tokenizer, es))
-    if max(longest) > teacher.config.context_length:
-        raise ValueError(f"a prompt with its answer takes {max(longest)} tokens, "
-                         f"more than the model's context of {teacher.config.context_length}")
-    facts = {"model": str(folder), "parameters": sum(p.numel() for p in teacher.parameters()), "damage": damage,
+    texts = {"perplexity": text} | {f"perplexity_{Path(t).stem}": data.read_text(t) for t in c.eval.split(",") if is_text(t)}
+    windows = {metric: data.text_windows(tokenizer, text, length=min(256, student.config.context_length))
+               for metric, text in texts.items()}
+    check_prompts(c, [*stages, *recoveries], splits, tokenizer, student.config.context_length)
+    facts = {"model": str(folder), "parameters": sum(p.numel() for p in student.parameters()), "damage": {},
              "data_sha256": sha256(repr([[(e.prompt, e.response) for e in t.train] for t in tasks])),
              "eval_sha256": sha256(repr([[(e.prompt, e.response) for e in es] for es in splits.values()])),
              "eval_examples": {name: len(es) for name, es in splits.items()},
-             "text_sha256": sha256(text), "text_tokens": sum(map(len, windows)), "text_window": len(windows[0]),
-             "context_length": teacher.config.context_length}
+             "text_sha256": sha256(text), "text_tokens": sum(map(len, windows["perplexity"])),
+             "text_window": len(windows["perplexity"][0]),
+             "context_length": student.config.context_length}
     if parallel.rank() == 0:
         prepare_out(Path(c.out))
-    return Run(c, folder, tokenizer, teacher, student, batches, splits, windows, facts)
+    return Run(c, folder, tokenizer, models, student, stages, recoveries, lambda: calibration_sequences(c, tokenizer, tasks),
+               evaluate.cka_sequences(c, tokenizer, [*tasks, *forgetting], windows["perplexity"]), splits, windows, facts)
+
+
+def is_text(name):
+    """Whether a name of --eval is a file of text."""
+    return Path(name).is_file() and Path(name).suffix != ".jsonl"
+
+
+def split_damage(text):
+    """--degrade -> (forget, the folder of a damaged model, or ""; the schemes of `prune.parse_damage`). ValueError for others."""
+    first, _, rest = text.partition(",")
+    if first == "forget" or Path(first).is_dir():
+        start, schemes = first, rest
+    else:
+        start, schemes = "", "" if text == "none" else text
+    if schemes:
+        prune.parse_damage(schemes)
+    return start, schemes
+
+
+def check_prompts(c, stages, splits, tokenizer, context_length):
+    """ValueError for prompts that do not fit the context with their answers, or have no expert's answer where one is learned."""
+    longest = []
+    for stage in stages:
+        for p in (p for batch in stage.batches for p in batch):
+            if stage.how in ("kd", "sft") and not p.answer:
+                raise ValueError(f"{stage.how} needs answers: some text ends within --text-tokens {c.text_tokens}; give fewer")
+            longest.append(len(p.teacher) + (len(p.answer) if stage.how in ("kd", "sft") else c.max_new_tokens))
+    for es in splits.values():
+        longest.append(max(len(data.student_prompt(tokenizer, e)) for e in es) + evaluate.answer_tokens(c, tokenizer, es))
+    if max(longest) > context_length:
+        raise ValueError(f"a prompt with its answer takes {max(longest)} tokens, "
+                         f"more than the model's context of {context_length}")
 
 
 def calibration_sequences(c, tokenizer, tasks):
     """Ids of training examples, with their answers, that activations are taken from; text is read to 128 tokens."""
     examples = data.batches(tasks, 1, c.calibration, c.seed)[0]
     return [data.student_prompt(tokenizer, e, 128) + (tokenizer.answer(e.response) if e.chat else []) for e in examples]
-
-
-def models(c, folder, sequences):
-    """The teacher; the student, damaged and ready to be trained; and what was done to it."""
-    dtype = getattr(torch, c.dtype)
-    student = GPT.from_pretrained(folder, dtype if c.train == "lora" else torch.float32, c.device)
-    teacher = copy.deepcopy(student).to(dtype).eval().requires_grad_(False)
-    damage = prune.damage_(student, c.degrade, sequences, c.importance, c.group_size or None, c.symmetric, c.double_quant)
-    for name, p in student.named_parameters():
-        p.requires_grad_(c.train_embeddings or not name.startswith(("embed_", "lm_head")))
-    if c.train == "lora":
-        lora.add_lora_(student, c.lora_rank, c.lora_alpha, torch.Generator().manual_seed(c.seed))
-    quant.compute_in_(student, dtype)
-    healthy = dict(teacher.named_parameters())
-    for name, p in student.named_parameters():  # what is not trained need not be there twice
-        same = healthy.get(name.replace("parametrizations.", "").removesuffix(".original"))
-        if not p.requires_grad and same is not None and (same.dtype, same.shape) == (p.dtype, p.shape):
-            p.data = same.data
-    student.checkpointing = c.checkpointing
-    if c.shard:
-        parallel.shard_(student)
-    return teacher, student, damage
 
 
 def prepare_out(out):
@@ -220,110 +295,75 @@ def sha256(text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-@dataclass
-class Measurement:
-    """One model's performance, item by item, three of its answers, and its likeness to the healthy model."""
-
-    items: dict     # metric name -> [n]: 0/1 per example, or nats per token of a text window
-    answers: list   # (prompt, answer) of examples of the first split
-    cka: dict       # level -> kind -> [n_layer], against the healthy model (empty for itself)
-
-    def value(self, metric):
-        """Perplexity, or accuracy in percent."""
-        mean = self.items[metric].mean().item()
-        return math.exp(mean) if metric == "perplexity" else 100 * mean
-
-
-@torch.no_grad()
-def measure(run, model, healthy_states=None):
-    """Accuracy on every split, perplexity on the text windows; and CKA with the healthy model, given its hidden states."""
-    items, answers = {}, []
-    with parametrize.cached():
-        for name, examples in run.splits.items():
-            mine = parallel.share(examples)
-            if examples[0].choices:
-                items[name] = parallel.gather([float(best_choice(model, run.tokenizer, e) == e.answer) for e in mine])
-                continue
-            texts = parallel.gather(answer(model, run.tokenizer, mine, answer_tokens(run.config, run.tokenizer, examples)))
-            items[name] = [float(e.check(t)) for e, t in zip(examples, texts)]
-            answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
-        mine = parallel.share(run.windows)
-        items["perplexity"] = parallel.gather([x for i in range(0, len(mine), 4) for x in nats(model, mine[i:i + 4])])
-        likeness = compare(cka.hidden_states(model, cka_sequences(run)), healthy_states) if healthy_states is not None else {}
-    items = {metric: torch.tensor(values) for metric, values in items.items()}
-    return Measurement(items, answers[:: max(1, len(answers) // 3)][:3], likeness)
-
-
-def compare(states, healthy):
-    """CKA of two models' hidden states -> {level: {kind: [n_layer]}}: over each sequence's tokens, and over their last ones."""
-    pairs = list(zip(states, healthy))
-    tokens = parallel.gather([list(cka.token_level([x], [y]).values()) for x, y in pairs if x.size(1) >= 4])
-    last = parallel.gather([(x[:, -1:], y[:, -1:]) for x, y in pairs])
-    return {"tokens": dict(zip(cka.KINDS, torch.tensor(tokens).mean(0).tolist())), "samples": cka.sample_level(*zip(*last))}
-
-
-def answer_tokens(c, tokenizer, examples):
-    """How many tokens an answer to these examples may take."""
-    return c.answer_tokens or max(len(tokenizer.answer(e.response)) for e in examples)
-
-
-def answer(model, tokenizer, examples, max_new_tokens):
-    """Greedy answers, as text."""
-    prompts = [data.student_prompt(tokenizer, e) for e in examples]
-    return [tokenizer.decode(ids).strip() for ids in
-            generate(model, prompts, max_new_tokens, temperature=0, eos_id=tokenizer.eos_id, batch_size=128)]
-
-
-def best_choice(model, tokenizer, example):
-    """Index of the likeliest (context, continuation) pair; different continuations are compared per character."""
-    contexts, continuations = zip(*example.choices)
-    targets = [tokenizer.encode(t) for t in continuations]
-    states = sdft.completion_states(model, [tokenizer.encode(t) for t in contexts], targets)
-    logp = F.log_softmax(model.head(states).float(), -1)
-    logp = logp[torch.arange(len(logp)), [i for t in targets for i in t]].split([len(t) for t in targets])
-    scores = [p.sum().item() / len(text) for p, text in zip(logp, continuations)]
-    return scores.index(max(scores))
-
-
-def nats(model, windows):
-    """Mean negative log-likelihood of each window's tokens after the first, a list."""
-    ids = torch.tensor(windows, device=model.device)
-    states = model.backbone(ids[:, :-1])  # the logits of one window at a time: [T, V]
-    return [F.cross_entropy(model.head(x).float(), row[1:]).item() for x, row in zip(states, ids)]
-
-
-def cka_sequences(run):
-    """This process's share of prompt + ground truth (§4.2) of the first task's eval examples; text windows if those are < 4."""
-    examples = [e for e in next(iter(run.splits.values()), []) if e.chat and e.response]
-    examples = examples[:: max(1, len(examples) // run.config.cka_samples)][:run.config.cka_samples]
-    sequences = [data.student_prompt(run.tokenizer, e) + run.tokenizer.answer(e.response) for e in examples]
-    return parallel.share(sequences if len(sequences) >= 4 else run.windows)
-
-
-def recovered_fraction(healthy, degraded, recovered, metric):
-    """(recovered - degraded) / (healthy - degraded); None where the damage is within two paired standard errors of nothing."""
-    difference = healthy.items[metric] - degraded.items[metric]
-    noise = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
-    if abs(difference.mean().item()) <= 2 * noise:
-        return None
-    h, d, r = (m.value(metric) for m in (healthy, degraded, recovered))
-    return (r - d) / (h - d)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The job
 
 def execute(run):
-    """Measure, recover, measure; returns results.json's content and the three Measurements."""
-    c, seconds, stages = run.config, {}, {}
-    dtype, writer = getattr(torch, c.dtype), parallel.rank() == 0
-    with timed(seconds, "healthy"):
-        states = cka.hidden_states(run.teacher, cka_sequences(run))
-        stages["healthy"] = measure(run, run.teacher)
-    with timed(seconds, "degraded"):
-        stages["degraded"] = measure(run, parallel.whole(run.student, dtype), states)
+    """Go through the stages; returns results.json's content, the Measurements, and the recovered students, by stage."""
+    c, seconds, stages, students, states = run.config, {}, {}, {}, None
+    dtype = getattr(torch, c.dtype)
+
+    def go(student, stage):
+        """The student, taught and damaged; what it is now is measured, and may teach."""
+        nonlocal states
+        if stage.how != "none":
+            student = trainable_(c, student, run.models["base"])
+            with timed(seconds, stage.name + " training"):
+                teach_(run, student, stage)
+            student = frozen_copy(parallel.whole(student), torch.float32)
+        if stage.damage:
+            run.facts["damage"] = prune.damage_(student, stage.damage, run.calibration, c.importance, c.group_size or None,
+                                                c.symmetric, c.double_quant)
+        with timed(seconds, stage.name):
+            if stage.how == "none" and stage in run.recoveries:
+                stages[stage.name] = stages["degraded"]
+                return student
+            untouched = stage.how == "none" and stage.name in ("base", "healthy")
+            model = run.models["base"] if untouched else frozen_copy(student, dtype)
+            stages[stage.name] = evaluate.measure(run, model, states)
+            if stage.name == "healthy":
+                states, run.models["healthy"] = evaluate.states_of(run, model), model
+        return student
+
+    for stage in run.stages:
+        run.student = go(run.student, stage)
+    stages.setdefault("degraded", stages["healthy"])  # --degrade none
+    for i, stage in enumerate(run.recoveries):
+        last = i + 1 == len(run.recoveries)
+        students[stage.name] = go(run.student if last else copy.deepcopy(run.student), stage)
+
+    fractions = {stage.name: {m: evaluate.recovered_fraction(stages["healthy"], stages["degraded"], stages[stage.name], m)
+                              for m in stages["healthy"].items} for stage in run.recoveries}
+    levels = dict.fromkeys(level for m in stages.values() for level in m.cka)
+    results = {"config": dataclasses.asdict(c), "environment": environment(run),
+               "stages": {name: {metric: m.value(metric) for metric in m.items} for name, m in stages.items()},
+               "recovered_fraction": fractions if len(fractions) > 1 else fractions["recovered"],
+               "cka": {level: {name: m.cka[level] for name, m in stages.items() if m.cka} for level in levels},
+               "cka_layers": {name: m.layers for name, m in stages.items() if m.layers},
+               "seconds": seconds}
+    return results, stages, students
+
+
+def trainable_(c, student, base):
+    """The student, damaged or not, made ready to be trained, in place."""
+    for name, p in student.named_parameters():
+        p.requires_grad_(c.train_embeddings or not name.startswith(("embed_", "lm_head")))
+    if c.train == "lora":
+        lora.add_lora_(student, c.lora_rank, c.lora_alpha, torch.Generator().manual_seed(c.seed))
+    quant.compute_in_(student, getattr(torch, c.dtype))
+    there = dict(base.named_parameters())
+    for name, p in student.named_parameters():  # what is not trained need not be there twice
+        same = there.get(name.replace("parametrizations.", "").removesuffix(".original"))
+        if not p.requires_grad and same is not None and (same.dtype, same.shape) == (p.dtype, p.shape) and torch.equal(same, p):
+            p.data = same.data
+    student.checkpointing = c.checkpointing
+    if c.shard:
+        parallel.shard_(student)
+    return student
+
+
+def teach_(run, student, stage):
+    """Train the student as the stage says; a line a step goes to metrics.jsonl."""
+    c, dtype, writer = run.config, getattr(torch, run.config.dtype), parallel.rank() == 0
     generator = torch.Generator().manual_seed(c.seed)
 
     def rollout(student, prompts):
@@ -331,26 +371,15 @@ def execute(run):
             parallel.whole(student, dtype), prompts, c.max_new_tokens, c.temperature, c.top_p, run.tokenizer.eos_id, generator,
             batch_size=c.batch_size, rows=parallel.share(range(len(prompts)))))
 
-    with timed(seconds, "recover"), open(Path(c.out) / "metrics.jsonl" if writer else os.devnull, "w", encoding="utf-8") as log:
-        settings = dict(micro_batch=c.micro_batch, lr=c.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip,
-                        moments=getattr(torch, c.moments), progress=writer,
-                        log=lambda line: print(json.dumps(line), file=log, flush=True))
-        if c.recover == "sft":
-            sdft.sft(run.student, run.batches, **settings)
-        elif c.recover != "none":
-            sdft.recover(run.student, run.teacher, run.batches, rollout if c.recover == "sdft" else None,
-                         loss=sdft.LOSSES[c.loss], **settings)
-    run.student = parallel.whole(run.student) if c.shard else quant.bake_(run.student)
-    quant.compute_in_(run.student, dtype)
-    with timed(seconds, "recovered"):
-        stages["recovered"] = measure(run, run.student, states)
-    healthy, degraded, recovered = stages.values()
-    likeness = {level: {stage: stages[stage].cka[level] for stage in ("degraded", "recovered")} for level in cka.LEVELS}
-    results = {"config": dataclasses.asdict(c), "environment": environment(run),
-               "stages": {name: {metric: m.value(metric) for metric in m.items} for name, m in stages.items()},
-               "recovered_fraction": {m: recovered_fraction(healthy, degraded, recovered, m) for m in healthy.items},
-               "cka": likeness, "seconds": seconds}
-    return results, stages
+    with open(Path(c.out) / "metrics.jsonl" if writer else os.devnull, "a", encoding="utf-8") as file:
+        settings = dict(micro_batch=c.micro_batch, lr=stage.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip,
+                        moments=getattr(torch, c.moments), progress=stage.name if writer else "",
+                        log=lambda line: print(json.dumps({"stage": stage.name, **line}), file=file, flush=True))
+        if stage.how == "sft":
+            sdft.sft(student, stage.batches, **settings)
+        else:
+            sdft.recover(student, run.models[stage.teacher], stage.batches, rollout if stage.how == "sdft" else None,
+                         loss=sdft.LOSSES[c.loss], ema=c.ema, **settings)
 
 
 @contextlib.contextmanager
@@ -394,79 +423,25 @@ def cpu_name():
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def save(run, results):
-    """DIR/student (a folder that this project and transformers load) and DIR/results.json."""
+def save(run, results, students):
+    """DIR/student (a folder that this project and transformers load), of several one each, and DIR/results.json."""
     out = Path(run.config.out)
-    run.student.save_pretrained(out / "student")
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-                 "generation_config.json", "chat_template.jinja"):
-        if (run.folder / name).exists():
-            shutil.copy(run.folder / name, out / "student" / name)
+    for stage, student in students.items():
+        folder = out / stage.replace("recovered", "student")
+        student.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                     "generation_config.json", "chat_template.jinja"):
+            if (run.folder / name).exists():
+                shutil.copy(run.folder / name, folder / name)
     (out / "results.json.part").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(out / "results.json.part", out / "results.json")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Showing
-
-def report(results, stages):
-    """The run as text: metrics, sample answers, CKA by layer."""
-    lines, values, fraction = [""], results["stages"], results["recovered_fraction"]
-    lines.append(f"{'':24}{'healthy':>10}{'degraded':>10}{'recovered':>10}{'recovered fraction':>20}")
-    for metric, f in fraction.items():
-        name = metric if metric == "perplexity" else metric + " %"
-        row = "".join(f"{values[stage][metric]:10.2f}" for stage in values)
-        lines.append(f"{name:24}{row}{'within noise' if f is None else f'{f:.2f}':>20}")
-    for i, (prompt, _) in enumerate(stages["healthy"].answers):
-        lines += ["", f"> {prompt}"] + [f"  {name:10} {' '.join(m.answers[i][1].split())}" for name, m in stages.items()]
-    for level, by_stage in results["cka"].items():
-        lines += ["", f"CKA with the healthy model over {level}, by layer"]
-        for kind in ("linear", "linear_debiased"):
-            least = min(min(by_stage[stage][kind]) for stage in by_stage)
-            for stage in by_stage:
-                v = by_stage[stage][kind]
-                lines.append(f"  {kind:16}{stage:10} {chart(v, least)}  last {v[-1]:.4f}  mean {sum(v) / len(v):.4f}")
-    e, s = results["environment"], results["seconds"]
-    damage = ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in e["damage"].items())
-    lines += ["", f"damage {results['config']['degrade']}: {damage}",
-              f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} (text {e['text_sha256']}); "
-              f"train data {e['data_sha256']}; eval data {e['eval_sha256']} {e['eval_examples']}",
-              f"seed {results['config']['seed']}; {sum(s.values()) / 60:.1f} minutes "
-              f"({', '.join(f'{name} {value:.0f} s' for name, value in s.items())}), "
-              f"peak memory {e.get('peak_gpu_memory_gib', e['peak_memory_gib']):.1f} GiB, "
-              f"{results['config']['dtype']}, {e['processor']}, {e['processes']} x {e['threads']} threads"]
-    return "\n".join(lines)
-
-
-def chart(values, least):
-    """One character a layer, from ▁ at `least` to █ at 1."""
-    return "".join("▁▂▃▄▅▆▇█"[min(7, max(0, int(8 * (v - least) / max(1e-9, 1 - least))))] for v in values)
-
-
-def draw(results, steps, path):
-    """report.png: the recovery curve and CKA by layer. Nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    shown = "kl" if steps and "kl" in steps[0] else "loss"
-    left.plot([s["step"] + 1 for s in steps], [s[shown] for s in steps])
-    left.set(title=f"Recovery from {results['config']['degrade']}", xlabel="step", ylabel=f"{shown}, nats per token", ylim=0)
-    for level, style in (("tokens", ":"), ("samples", "-")):
-        for stage, color in (("degraded", "tab:red"), ("recovered", "tab:green")):
-            values = results["cka"][level][stage]["linear_debiased"]
-            right.plot(range(1, len(values) + 1), values, style, color=color, label=f"{stage}, {level}")
-    right.set(title="CKA with the healthy model (linear, debiased)", xlabel="layer")
-    right.legend()
-    figure.savefig(path, dpi=120)
 
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for a user's mistake."""
     config = parse(argv)
+    if config.report:
+        return collected(config)
     config.device = parallel.start(config.device)
     try:
         with parallel.together():
@@ -474,19 +449,31 @@ def main(argv=None):
                 run = prepare(config)
             except ValueError as error:
                 return complain(error, 2)
-            results, stages = execute(run)
+            results, stages, students = execute(run)
             if parallel.rank() == 0:
-                save(run, results)
+                save(run, results, students)
     except OSError as error:
         return complain(error, 2)
     except parallel.PeerLost:
         return complain(f"another process of this run has died; {config.out}/results.json and student/ were not written", 1)
     if parallel.rank() == 0:
-        print(report(results, stages))
+        print(report.text(results, {name: m.answers for name, m in stages.items()}))
         steps = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
-        draw(results, steps, Path(config.out) / "report.png")
-        print(f"wrote {config.out}/results.json, metrics.jsonl, student/")
+        report.draw(results, steps, Path(config.out) / "report.png")
+        folders = ", ".join(stage.replace("recovered", "student") + "/" for stage in students)
+        print(f"wrote {config.out}/results.json, metrics.jsonl, {folders}")
     parallel.stop()
+    return 0
+
+
+def collected(config):
+    """--report: the tables of many runs on standard output, their picture in --out; the exit code."""
+    try:
+        runs = report.read_runs(config.report, dataclasses.asdict(Config()))
+        print(report.tables(runs))
+        report.draw_runs(runs, Path(config.out))
+    except (ValueError, OSError) as error:
+        return complain(error, 2)
     return 0
 
 

@@ -103,7 +103,7 @@ def ours(o):
         spent.update(dict.fromkeys(spent, 0.0))
 
     sdft.recover(student, teacher, batches, rollout, loss=sdft.reverse_kl, micro_batch=o.micro_batch,
-                 moments=getattr(torch, o.moments), log=log, progress=False)
+                 moments=getattr(torch, o.moments), log=log, progress="")
     seconds = {part: statistics.median(s[part] for s in steps[o.warmup:]) for part in steps[0]}
     blocks = sum(p.numel() for name, p in teacher.named_parameters() if "layers" in name)
     head, lengths = teacher.embed_tokens.weight.numel(), [len(i) for i in ids]

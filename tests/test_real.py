@@ -34,9 +34,9 @@ def test_int4_hurts_and_a_few_steps_of_recovery_help(smollm2, tmp_path):
     assert len(debiased) == 30 and 0.5 < min(debiased) < max(debiased) < 1
 
     run = train.prepare(train.parse([*argv[:-1], str(tmp_path / "again")]))
-    states = train.cka.hidden_states(run.teacher, train.cka_sequences(run))
+    states = train.evaluate.states_of(run, run.models["base"])
     student = quant.compute_in_(GPT.from_pretrained(tmp_path / "student").eval(), getattr(torch, run.config.dtype))
-    again = train.measure(run, student, states)
+    again = train.evaluate.measure(run, student, states)
     assert {m: again.value(m) for m in again.items} == recovered
 
 

@@ -314,7 +314,7 @@ def test_recover_lowers_the_divergence_and_leaves_the_teacher_alone(damage, loss
     if damage == "int2":
         quantize_(student, damage, group_size=16)
     before = copy.deepcopy(teacher.state_dict())
-    recover(student, teacher, batches_of(1, rows=8) * 30, rollout(4), loss=loss, lr=3e-3, log=lines.append, progress=False)
+    recover(student, teacher, batches_of(1, rows=8) * 30, rollout(4), loss=loss, lr=3e-3, log=lines.append, progress="")
     kl = [line["kl"] for line in lines]
     assert sum(kl[-5:]) < 0.7 * sum(kl[:5])
     after = teacher.state_dict()
@@ -336,7 +336,7 @@ def test_recover_step_is_the_loss_of_each_side_on_its_own_prompt(loss):
         asked.extend(prompts)
         return answers
 
-    recover(student, teacher, [batch], answer, loss=loss, micro_batch=2, log=lines.append, progress=False)
+    recover(student, teacher, [batch], answer, loss=loss, micro_batch=2, log=lines.append, progress="")
     assert asked == [p.student for p in batch]
 
     def logits(model, prompt, answer):
@@ -359,7 +359,7 @@ def test_without_rollouts_the_experts_answers_are_scored():
     for rollout_ in (None, lambda *_: [p.answer for p in batch]):
         student = noisy(tiny())
         gradients.append(last_gradients(student))
-        recover(student, tiny(), [batch], rollout_, log=lines.append, progress=False)
+        recover(student, tiny(), [batch], rollout_, log=lines.append, progress="")
     assert lines[0]["loss"] == lines[1]["loss"] > 0 and lines[0]["tokens"] == sum(len(p.answer) for p in batch)
     assert all(torch.equal(gradients[0][name], g) for name, g in gradients[1].items())
 
@@ -372,7 +372,7 @@ def test_micro_batch_does_not_change_the_result():
         student = copy.deepcopy(teacher)
         quantize_(student, "int3", group_size=16, symmetric=False)
         gradients = last_gradients(student)
-        recover(student, teacher, batches_of(1, rows=8), rollout(), micro_batch=micro_batch, log=lines.append, progress=False)
+        recover(student, teacher, batches_of(1, rows=8), rollout(), micro_batch=micro_batch, log=lines.append, progress="")
         runs.append((lines[0], gradients))
     for line, gradients in runs[1:]:
         for key in ("loss", "kl", "tokens", "grad_norm"):
@@ -386,13 +386,13 @@ def test_weights_are_quantized_once_a_step_for_rollout_and_every_micro_batch():
     student = copy.deepcopy(teacher)
     quantize_(student, "int3", group_size=16)
     student.layers[0].mlp.up_proj.parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
-    recover(student, teacher, batches_of(3), rollout(), micro_batch=2, progress=False)
+    recover(student, teacher, batches_of(3), rollout(), micro_batch=2, progress="")
     assert len(calls) == 3
 
 
 def test_log_lines_and_learning_rate():
     teacher, lines = tiny(), []
-    recover(noisy(teacher), teacher, batches_of(6), rollout(5), lr=0.06, warmup=2, log=lines.append, progress=False)
+    recover(noisy(teacher), teacher, batches_of(6), rollout(5), lr=0.06, warmup=2, log=lines.append, progress="")
     assert [line["step"] for line in lines] == list(range(6))
     assert all(line.keys() == {"step", "loss", "kl", "tokens", "lr", "grad_norm", "seconds"} for line in lines)
     assert all(isinstance(x, (int, float)) and math.isfinite(x) for line in lines for x in line.values())
@@ -406,7 +406,7 @@ def test_same_seeds_give_the_same_student_bit_for_bit_and_no_global_generator_is
         student = copy.deepcopy(teacher)
         quantize_(student, "int3", group_size=16)
         before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-        recover(student, teacher, batches_of(4), rollout(seed=seed), lr=1e-2, progress=False)
+        recover(student, teacher, batches_of(4), rollout(seed=seed), lr=1e-2, progress="")
         after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
         return student.state_dict()
@@ -446,7 +446,7 @@ def test_recovery_in_bfloat16_follows_that_in_float32(loss):
         teacher, lines[dtype] = tiny().to(dtype), []
         compute_in_(student, dtype)
         recover(student, teacher, batches_of(1) * 12, lambda *_: ragged(4, seed=10), loss=loss, lr=3e-3, log=lines[dtype].append,
-                progress=False)
+                progress="")
         assert all(p.dtype == torch.float32 for p in student.parameters())
     exact, half = ([line["loss"] for line in lines[dtype]] for dtype in (torch.float32, torch.bfloat16))
     assert half == pytest.approx(exact, rel=0.05) and half != exact
@@ -460,7 +460,7 @@ def test_sft_gradient_is_cross_entropy_on_the_responses_only():
     plain, gradients = copy.deepcopy(model), last_gradients(model)
     rows = list(zip(ragged(5, seed=1), ragged(5, seed=2)))
     batch = [Prompt(p, [], answer) for p, answer in rows]
-    sft(model, [batch] * 2, micro_batch=2, lr=0.0, log=lines.append, progress=False)  # twice: steps must not add up
+    sft(model, [batch] * 2, micro_batch=2, lr=0.0, log=lines.append, progress="")  # twice: steps must not add up
     losses = []
     for prompt, response in rows:
         logp = plain(torch.tensor([prompt + response]))[0].log_softmax(-1)
@@ -475,5 +475,5 @@ def test_sft_gradient_is_cross_entropy_on_the_responses_only():
 def test_sft_lowers_cross_entropy():
     lines = []
     batch = [Prompt(p, [], answer) for p, answer in zip(ragged(4, seed=1), ragged(4, seed=2))]
-    sft(tiny(), [batch] * 20, lr=1e-2, log=lines.append, progress=False)
+    sft(tiny(), [batch] * 20, lr=1e-2, log=lines.append, progress="")
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]

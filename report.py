@@ -12,11 +12,11 @@ def text(results, answers):
     """The run as text: metrics, sample answers {stage: [(prompt, answer)]}, CKA by layer."""
     values, fractions = results["stages"], recovered_fractions(results)
     width = max(len(stage) for stage in values) + 2
-    lines = ["", f"{'':24}" + "".join(f"{stage:>{width}}" for stage in values) + f"{'recovered fraction':>20}"]
+    lines = ["", f"{'':24}" + "".join(f"{stage:>{width}}" for stage in values) + "  recovered fraction"]
     for metric in values["healthy"]:
         row = "".join(f"{values[stage][metric]:{width}.2f}" for stage in values)
         shown = ", ".join("within noise" if f[metric] is None else f"{f[metric]:.2f}" for f in fractions.values())
-        lines.append(f"{_title(metric):24}{row}{shown:>20}")
+        lines.append(f"{_title(metric):24}{row}  {shown:>18}")
     for i, (prompt, _) in enumerate(answers["healthy"]):
         lines += ["", f"> {prompt}"] + [f"  {name:{width}}{' '.join(a[i][1].split())}" for name, a in answers.items()]
     for level, by_stage in results["cka"].items():
@@ -114,7 +114,7 @@ def read_runs(paths, defaults):
                 name = _name(results["config"], defaults)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}: not the results of a run ({type(error).__name__}: {error})") from None
-            runs += [(" ".join([name, *stage.split("_")[1:2]]), stage, results) for stage in stages]
+            runs += [(" ".join([name, *stage.split("_", 1)[1:]]), stage, results) for stage in stages]
     return runs
 
 

@@ -219,9 +219,11 @@ def prepare(c):
     if start or damage:
         stages += [degraded]
     batches = prompts(tasks, c.steps, c.seed)
-    ways = [(how, teacher) for how in c.recover.split(",") for teacher in c.teacher.split(",")]
-    recoveries = [Stage("_".join(["recovered", *(way if len(ways) > 1 else ())]), *way, batches, c.lr)
-                  for way in ways]
+    recoveries = []
+    for how in c.recover.split(","):
+        for teacher in c.teacher.split(","):
+            name = [how] * ("," in c.recover) + [Path(teacher).name] * ("," in c.teacher)
+            recoveries.append(Stage("_".join(["recovered", *name]), how, teacher, batches, c.lr))
 
     measured = {t.name: t for t in [*tasks, *forgetting, *further]}
     splits = {f"{t.name}_{name}": es[:c.eval_limit or None] for t in measured.values() for name, es in t.eval.items()}

@@ -9,7 +9,7 @@ import cka
 import data
 import parallel
 import sdft
-from model import generate
+from model import frozen_copy, generate
 
 
 @dataclass
@@ -120,3 +120,33 @@ def recovered_fraction(healthy, degraded, recovered, metric):
         return None
     h, d, r = (m.value(metric) for m in (healthy, degraded, recovered))
     return (r - d) / (h - d)
+
+
+class Watch:
+    """CKA-guided early stopping (§6), called after each step: true when CKA with the healthy model has not risen for `patience`
+    checks, one every `every` steps. It is debiased, of the last layer, over the last tokens of the sequences."""
+
+    def __init__(self, student, healthy, sequences, patience, every=5):
+        self.student, self.sequences, self.patience, self.every = student, sequences, patience, every
+        self.dtype, self.steps, self.best, self.checks_since, self.kept = healthy.norm.weight.dtype, 0, -math.inf, 0, []
+        self.healthy = cka.hidden_states(healthy, sequences, last=True)
+
+    @torch.no_grad()
+    def __call__(self):
+        self.steps += 1
+        if self.steps % self.every:
+            return False
+        model = frozen_copy(parallel.whole(self.student), self.dtype)
+        states = cka.hidden_states(model, self.sequences, last=True)
+        value = cka.sample_level(states, self.healthy)["linear_debiased"][-1]
+        self.checks_since += 1
+        if value > self.best:
+            self.best, self.checks_since = value, 0
+            self.kept = [p.detach().clone() for p in self.student.parameters() if p.requires_grad]
+        return self.checks_since >= self.patience
+
+    @torch.no_grad()
+    def restore(self):
+        """The weights of the best check, in place."""
+        for p, best in zip([p for p in self.student.parameters() if p.requires_grad], self.kept):
+            p.copy_(best)

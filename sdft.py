@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import parallel
+from cka import linear_cka
 from model import exact_weight
 
 
@@ -75,8 +76,10 @@ def _masked_mean(per_token, mask):
     return (per_token * mask).sum() / mask.sum()
 
 
-def completion_states(model, prompts, completions):
+def completion_states(model, prompts, completions, hidden=False):
     """Final hidden states [N, D] at the positions that predict the completions' tokens, row after row, without padding.
+
+    With hidden=True -> (those, every block's output there [n_layer, N, D]).
 
     Only these go through the head. All rows pass through the model as one packed batch (see model.py), where the beginning that
     prompts have in common stands once. Rows of a group are padded on the right, where a causal model needs no mask.
@@ -92,8 +95,9 @@ def completion_states(model, prompts, completions):
             wanted[i] = torch.arange(last, last + len(completions[i]))
         groups.append((P, *rows.shape))
         offset += P + rows.numel()
-    x = model.backbone(torch.cat(ids)[None].to(device), groups=groups)[0]
-    return x[torch.cat([wanted[i] for i in range(len(prompts))]).to(device)]
+    x = model.backbone(torch.cat(ids)[None].to(device), groups=groups, hidden=hidden)
+    rows = torch.cat([wanted[i] for i in range(len(prompts))]).to(device)
+    return (x[0][0, rows], torch.stack([h[0, rows] for h in x[1]])) if hidden else x[0, rows]
 
 
 def alike(prompts, beginning=8):
@@ -138,12 +142,13 @@ def _dot(a, b):
 GRADIENTS = {forward_kl: _forward_kl_gradient, reverse_kl: _reverse_kl_gradient, jsd: _jsd_gradient}
 
 
-def accumulate(student, states, teacher_logits, loss, share, chunk=128):
+def accumulate(student, states, teacher_logits, loss, share, chunk=128, also=None):
     """Backpropagate `loss` through the head W and on from `states` X [N, D], a chunk of tokens at a time; returns [loss, kl].
 
     With G = d loss / d logits, d loss / dX = G W and d loss / dW = G^T X. teacher_logits(rows) gives the teacher's [n, V] for a
     slice of rows. Logits exist for one chunk only, at most a third of N, in three float32 blocks that all chunks share.
-    `share` is what one token weighs in the batch's mean; the values returned are the same weighted sums.
+    `share` is what one token weighs in the batch's mean; the values returned are the same weighted sums. also(loss), if given,
+    returns a further term, 0-d, and what it is worth, which goes back in the same pass.
     """
     x, w, total = states.detach(), student.head_weight, torch.zeros(2)
     wanted = [states, w] if w.requires_grad else [states]
@@ -165,18 +170,25 @@ def accumulate(student, states, teacher_logits, loss, share, chunk=128):
             grad_x[rows] = g @ w[:v]
             if w.requires_grad:
                 grad_w[:v].addmm_(g.mT, x[rows])
-    torch.autograd.backward(wanted, [grad_x, grad_w][:len(wanted)])
+    gradients = [grad_x, grad_w][:len(wanted)]
+    if also:
+        term, worth = also(total[0])
+        wanted, gradients = [*wanted, term], [*gradients, torch.full_like(term, float(worth))]
+    torch.autograd.backward(wanted, gradients)
     return total
 
 
-def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, micro_batch=8, **optimization):
+def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka_weight=0.0, cka_balance=False, micro_batch=8,
+            after_step=None, **optimization):
     """SDFT: teach the student back from its teacher's view of its own rollouts; trains in place.
 
     batches is a list of lists of `Prompt`; rollout(student, prompts) -> completions, lists of ids, is how the student
     answers (`model.generate` with its settings bound); None takes the experts' answers instead: off-policy distillation, a
-    baseline. loss is one of LOSSES' functions. With ema > 0 the teacher, in place, follows the student after each step. Rows go
-    through the models micro_batch at a time. For the other arguments and what is logged see `optimize`. On several processes
-    each must get the same completions for the whole batch, and goes on with its share of the rows.
+    baseline. loss is one of LOSSES' functions. With ema > 0 the teacher, in place, follows the student after each step. With
+    cka_weight > 0 the loss is KL + cka_weight (1 - CKA) (§6), with cka_balance KL + cka_weight sg(KL / (1 - CKA)) (1 - CKA)
+    (CKA-QAD, 2606.05682), where CKA is linear, over the answers' tokens, and averaged over layers. Rows go through the models
+    micro_batch at a time. For the other arguments and what is logged see `optimize`. On several processes each must get the
+    same completions for the whole batch, and goes on with its share of the rows.
     """
     teacher.eval().requires_grad_(False)
 
@@ -184,16 +196,26 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, mic
         """One step's gradients into .grad; what to log."""
         completions = rollout(student, [p.student for p in batch]) if rollout else [p.answer for p in batch]
         tokens = sum(map(len, completions))
-        total = torch.zeros(2)
+        total, likeness, layers = torch.zeros(2), 0.0, cka_weight > 0
         for prompts, answers in micro_batches(parallel.share(batch), parallel.share(completions), micro_batch):
             with torch.no_grad():
-                scored = completion_states(teacher, [p.teacher for p in prompts], answers)
-            states = completion_states(student, [p.student for p in prompts], answers)
-            total += accumulate(student, states, lambda rows, scored=scored: teacher.head(scored[rows]), loss, 1 / tokens)
-        value, kl = sum(parallel.gather([total])).tolist()
-        return {"loss": value, "kl": kl, "tokens": tokens}
+                scored = completion_states(teacher, [p.teacher for p in prompts], answers, hidden=layers)
+            states, also = completion_states(student, [p.student for p in prompts], answers, hidden=layers), None
+            if layers:
+                (scored, theirs), (states, ours) = scored, states
+                share = sum(map(len, answers)) / tokens
+                distance = 1 - linear_cka(ours, theirs).mean()
+                likeness += share * (1 - distance.item())
 
-    return optimize(student, batches, gradients, after_step=follow(teacher, student, ema) if ema else None, **optimization)
+                def also(kl, distance=distance, share=share):
+                    return distance, cka_weight * (kl / (distance.item() + 1e-6) if cka_balance else share)
+            total += accumulate(student, states, lambda rows, scored=scored: teacher.head(scored[rows]), loss, 1 / tokens,
+                                also=also)
+        value, kl = sum(parallel.gather([total])).tolist()
+        return {"loss": value, "kl": kl, "tokens": tokens} | ({"cka": sum(parallel.gather([likeness]))} if layers else {})
+
+    after = [step for step in (follow(teacher, student, ema) if ema else None, after_step) if step]
+    return optimize(student, batches, gradients, after_step=lambda: any([step() for step in after]), **optimization)
 
 
 def follow(teacher, student, rate):
@@ -243,9 +265,9 @@ def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, 
     """AdamW with gradient clipping, one step a batch, in place; lr warms up linearly and decays to 0 over the second half.
 
     gradients(batch) accumulates .grad and returns what to log: at least loss and tokens. log(dict) gets that with step, lr,
-    grad_norm and seconds; after_step() is called last; progress names the progress bar, "" for none. moments is the type that
-    AdamW's two averages are kept in. Parametrized weights are computed once a step, with their graph, and shared by everything
-    in it; a sharded model's are put together for each pass instead.
+    grad_norm and seconds; after_step() is called last, and ends the training if it is true; progress names the progress bar, ""
+    for none. moments is the type that AdamW's two averages are kept in. Parametrized weights are computed once a step, with
+    their graph, and shared by everything in it; a sharded model's are put together for each pass instead.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if moments == torch.float32:
@@ -266,13 +288,14 @@ def optimize(model, batches, gradients, *, lr=1e-4, warmup=4, weight_decay=0.0, 
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if after_step:
-            after_step()
+        ended = after_step and after_step()
         line["seconds"] = time.perf_counter() - began
         bar.set_postfix({k: f"{line[k]:.3f}" for k in ("loss", "kl") if k in line} | {
             "tok/s": f"{line['tokens'] / line['seconds']:.0f}"})
         if log:
             log(line)
+        if ended:
+            break
     model.eval()
     return model
 

@@ -70,6 +70,10 @@ class Config:
                           "(the expert's answers alone), none; several, by commas: each from the same damage")
     teacher: str = option("healthy", "healthy (as before the damage: with forget, the expert), base (--model), or a folder; "
                           "several, by commas: each from the same damage")
+    cka_weight: float = option(0.0, "of 1 - CKA of student and teacher in the loss (§6)")
+    cka_balance: bool = option(False, "that weight times KL / (1 - CKA), as CKA-QAD does")
+    stop_after: int = option(0, "end a recovery when CKA with the healthy model, over training examples, has not risen for so "
+                             "many checks, one every five steps, and go back to its best (§6); 0: never")
     ema: float = option(0.0, "how far the teacher follows the student each step (Shenfeld et al.: 0.01); 0: it stays as it is")
     demo: bool = option(True, "show the teacher the expert demonstration")
     loss: str = option("forward_kl", "divergence between teacher and student", choices=list(sdft.LOSSES))
@@ -144,7 +148,7 @@ class Run:
 
 COUNTS = ("steps", "forget_steps", "expert_steps", "batch_size", "micro_batch", "max_new_tokens", "text_tokens", "cka_samples",
           "lora_rank", "calibration")
-NOT_NEGATIVE = "group_size", "answer_tokens", "eval_limit", "warmup", "weight_decay", "temperature"
+NOT_NEGATIVE = "group_size", "answer_tokens", "eval_limit", "warmup", "weight_decay", "temperature", "cka_weight", "stop_after"
 WAYS = "sdft", "kd", "sft", "none"
 POSITIVE = {"lr": math.inf, "forget_lr": math.inf, "clip": math.inf, "top_p": 1}
 
@@ -201,6 +205,11 @@ def prepare(c):
             raise ValueError(f"--bootstrap makes the healthy model, and {start} is a damaged one: leave out one of them")
         student = GPT.from_pretrained(start, dtype if c.train == "lora" else torch.float32, c.device)
     prune.check_damage(student.config, damage, c.group_size)
+    if c.ema and damage.startswith("ffn"):
+        raise ValueError("--ema: the teacher can only follow a student of its own shape, not one without neurons")
+    for name, teacher in models.items():
+        if c.cka_weight and teacher.config.n_layer != student.config.n_layer:
+            raise ValueError(f"--cka-weight compares layers: {name} has {teacher.config.n_layer}, the student {student.config.n_layer}")
 
     def prompts(tasks, steps, order, both=False):
         """Batches of sdft.Prompt; both: the student sees the demonstration too."""
@@ -377,11 +386,17 @@ def teach_(run, student, stage):
         settings = dict(micro_batch=c.micro_batch, lr=stage.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip,
                         moments=getattr(torch, c.moments), progress=stage.name if writer else "",
                         log=lambda line: print(json.dumps({"stage": stage.name, **line}), file=file, flush=True))
+        watch = None
+        if c.stop_after and stage in run.recoveries:
+            watch = settings["after_step"] = evaluate.Watch(student, run.models["healthy"], run.calibration(), c.stop_after)
         if stage.how == "sft":
             sdft.sft(student, stage.batches, **settings)
         else:
-            sdft.recover(student, run.models[stage.teacher], stage.batches, rollout if stage.how == "sdft" else None,
-                         loss=sdft.LOSSES[c.loss], ema=c.ema, **settings)
+            teacher = frozen_copy(run.models[stage.teacher], dtype) if c.ema else run.models[stage.teacher]
+            sdft.recover(student, teacher, stage.batches, rollout if stage.how == "sdft" else None, loss=sdft.LOSSES[c.loss],
+                         ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance, **settings)
+        if watch:
+            watch.restore()
 
 
 @contextlib.contextmanager

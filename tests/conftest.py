@@ -1,5 +1,6 @@
 """A throwaway model folder: a tiny random Llama with a tokenizer of single bytes and ChatML."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from tokenizer import bytes_to_unicode
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def make_folder(path, context_length=1024, seed=0):
-    """A loadable Hugging Face folder; the global random state is left as it was."""
+def make_folder(path, context_length=1024, seed=0, padding=0, **changes):
+    """A loadable Hugging Face folder; the global random state is left as it was. changes: of the GPTConfig."""
     vocab = {c: i for i, c in enumerate([*SPECIAL, *bytes_to_unicode()])}
-    config = GPTConfig("llama", len(vocab), 2, 32, 4, 2, 8, 64, context_length)
+    config = replace(GPTConfig("llama", len(vocab) + padding, 2, 32, 4, 2, 8, 64, context_length), **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GPT(config)

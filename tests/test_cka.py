@@ -9,6 +9,7 @@ from cka import (
     _cka,
     _linear_cka_features,
     _u_center,
+    between_layers,
     hidden_states,
     linear_cka,
     rbf_cka,
@@ -223,6 +224,16 @@ def test_sample_level_compares_z_scored_last_tokens():
         for kind, cka in ALL.items():
             assert result[kind][layer] == pytest.approx(cka(x, y).item(), abs=1e-10)
             assert abs(result[kind][layer] - cka(*map(torch.from_numpy, last))) > 1e-3  # z-scoring matters
+
+
+def test_between_layers_is_the_sample_level_of_each_pair():
+    a = some_states(0)
+    b = some_states(1, related_to=a)
+    found = torch.tensor(between_layers(a, b))
+    assert found.shape == (2, 2)
+    assert found.diagonal().tolist() == pytest.approx(sample_level(a, b)["linear_debiased"])
+    swapped = [h.flip(0) for h in b]
+    assert [found[0, 1], found[1, 0]] == pytest.approx(sample_level(a, swapped)["linear_debiased"])
 
 
 def test_sample_level_survives_a_dimension_that_never_changes():

@@ -201,3 +201,16 @@ def test_removed_neurons_then_a_mask_then_a_grid_then_bfloat16():
     assert down.weight.shape == (32, 32) and down.weight.dtype == torch.bfloat16
     assert ((down.weight == 0).unflatten(1, (-1, 4)).sum(-1) >= 2).all()
     assert model(IDS).dtype == torch.bfloat16
+
+
+def test_neurons_kept_fit_the_groups_of_what_comes_after():
+    """1536 neurons without 10 % are 1382; the nearest multiples of 4 and of 64 are 1384 and 1408."""
+    assert [prune.neurons_kept(1536, 0.1, multiple) for multiple in (1, 4, 64)] == [1382, 1384, 1408]
+    assert prune.neurons_kept(8, 0.9, 4) == 4
+    config = GPTConfig(d_model=64, d_ff=100, n_head=4, n_kv_head=2, head_dim=16)
+    assert [prune.check_damage(config, d, 16) for d in ("ffn10", "ffn10,nf4", "ffn,wanda2:4,nf4", "ffn,wanda2:4,int4")] == [1, 1, 4, 16]
+    with pytest.raises(ValueError, match="group_size 16 does not divide the 100 inputs"):
+        prune.check_damage(config, "int4", 16)
+    model = GPT(GPTConfig(vocab_size=16, n_layer=1, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=100, context_length=8))
+    done = prune.damage_(model, "ffn10,wanda2:4,int4", lambda: [[1, 2, 3]], "activation", 16, True, False)
+    assert done["neurons_removed"] == 4 and model.layers[0].mlp.down_proj.weight.shape == (32, 96)

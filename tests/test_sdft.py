@@ -12,7 +12,8 @@ from torch.distributions import Categorical, kl_divergence
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, generate
+from cka import linear_cka
+from model import GPT, GPTConfig, frozen_copy, generate
 from quant import compute_in_, quantize_
 from sdft import (
     BETAS,
@@ -22,6 +23,7 @@ from sdft import (
     accumulate,
     alike,
     completion_states,
+    follow,
     forward_kl,
     jsd,
     micro_batches,
@@ -477,3 +479,73 @@ def test_sft_lowers_cross_entropy():
     batch = [Prompt(p, [], answer) for p, answer in zip(ragged(4, seed=1), ragged(4, seed=2))]
     sft(tiny(), [batch] * 20, lr=1e-2, log=lines.append, progress="")
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
+
+
+# ------------------------------------------------------------------------------------------- teachers, CKA as a loss, stopping
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("micro_batch", [2, 5])
+def test_cka_in_the_loss_adds_its_gradient(balance, micro_batch):
+    """Against autograd through KL + w (1 - CKA), and KL + w sg(KL / (1 - CKA)) (1 - CKA), of each micro-batch."""
+    teacher = tiny()
+    student, lines, answers = noisy(teacher), [], ragged(5, seed=4)
+    plain, gradients = copy.deepcopy(student), last_gradients(student)
+    batch, = batches_of(1, rows=5, teacher_prefix=(7, 8, 9))
+    recover(student, teacher, [batch], lambda *_: answers, micro_batch=micro_batch, cka_weight=0.7, cka_balance=balance,
+            log=lines.append, progress="")
+    tokens, likeness = sum(map(len, answers)), 0
+    for prompts, part in micro_batches(batch, answers, micro_batch):
+        x, ours = completion_states(plain, [p.student for p in prompts], part, hidden=True)
+        y, theirs = completion_states(teacher, [p.teacher for p in prompts], part, hidden=True)
+        share = len(x) / tokens
+        kl = share * forward_kl(plain.head(x), teacher.head(y), torch.ones(len(x)))
+        distance = torch.stack([1 - linear_cka(a, b) for a, b in zip(ours, theirs)]).mean()
+        assert torch.equal(ours[-1], x) and len(ours) == 2
+        likeness += share * (1 - distance.item())
+        (kl + 0.7 * distance * ((kl / distance).detach() if balance else share)).backward()
+    assert lines[0]["cka"] == pytest.approx(likeness) and 0 < likeness < 1
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_an_ema_teacher_follows_the_student():
+    """phi <- rate theta + (1 - rate) phi, twice; in bfloat16 too, where a single small step would be lost."""
+    student, teacher = noisy(tiny()), tiny()
+    quantize_(student, "int3", group_size=16)
+    theta, phi = frozen_copy(student, torch.float32), copy.deepcopy(teacher)
+    rounded = frozen_copy(teacher, torch.bfloat16)
+    for step in (follow(teacher, student, 0.1), follow(rounded, student, 0.1)):
+        step()
+        step()
+    for name, p in teacher.named_parameters():
+        expected = 0.81 * phi.get_parameter(name) + 0.19 * theta.get_parameter(name)
+        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rounded.get_parameter(name).float(), expected, rtol=1e-2, atol=1e-2)
+    before, lines = copy.deepcopy(teacher), []
+    recover(student, teacher, batches_of(3), rollout(), ema=0.05, lr=1e-2, log=lines.append, progress="")
+    assert len(lines) == 3 and not torch.equal(teacher.norm.weight, before.norm.weight)
+    with pytest.raises(ValueError, match="own shape"):
+        follow(tiny(d_ff=48), student, 0.1)
+
+
+def test_after_step_ends_the_training_when_it_is_true():
+    lines, calls = [], []
+    recover(noisy(tiny()), tiny(), batches_of(6), rollout(), log=lines.append, progress="",
+            after_step=lambda: calls.append(1) or len(calls) == 2)
+    assert len(lines) == len(calls) == 2
+
+
+def test_a_larger_vocabulary_is_compared_on_the_shared_ids():
+    """A teacher padded to more ids gives the gradients of one that was never padded."""
+    small, answers, batch = tiny(), ragged(4, seed=4), batches_of(1)[0]
+    padded = tiny(vocab_size=80)
+    padded.load_state_dict({name: torch.cat((w, 3 * torch.ones(16, 32))) if name.startswith("embed") else w
+                            for name, w in small.state_dict().items()})
+    found = []
+    for teacher in (small, padded):
+        student = noisy(tiny())
+        gradients = last_gradients(student)
+        recover(student, teacher, [batch], lambda *_: answers, progress="")
+        found.append(dict(gradients))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name])

@@ -137,6 +137,91 @@ def test_baselines(recover, folder, tmp_path):
         assert recover == "kd" or lines[-1]["loss"] < lines[0]["loss"]
 
 
+def test_forgetting_measures_four_stages_and_two_teachers(folder, tmp_path):
+    """base -> expert (healthy) -> fine-tuned on another task (degraded) -> recovered by each teacher from the same weights."""
+    assert job(folder, tmp_path, "--degrade", "forget", "--teacher", "base,healthy", "--expert-steps", "2", "--forget-steps", "4",
+               "--forget-lr", "1e-2") == 0
+    r = results(tmp_path)
+    assert list(r["stages"]) == ["base", "healthy", "degraded", "recovered_base", "recovered_healthy"]
+    assert set(r["stages"]["base"]) == {"science_phrasing", "science_element", "tooluse_request", "perplexity"}
+    perplexities = [stage["perplexity"] for stage in r["stages"].values()]
+    assert len(set(perplexities)) == 5 and set(r["recovered_fraction"]) == {"recovered_base", "recovered_healthy"}
+    assert set(r["cka"]) == {"tokens", "samples", "tooluse samples"}
+    assert set(r["cka"]["tooluse samples"]) == set(r["cka_layers"]) == {"degraded", "recovered_base", "recovered_healthy"}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["healthy"] * 2 + ["degraded"] * 4 + ["recovered_base"] * 3 + ["recovered_healthy"] * 3
+    assert lines[5]["loss"] < lines[2]["loss"]
+    for name in ("student_base", "student_healthy"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+    assert job(folder, tmp_path / "alone", "--degrade", "forget", "--teacher", "base", "--expert-steps", "2", "--forget-steps", "4",
+               "--forget-lr", "1e-2") == 0
+    assert results(tmp_path / "alone")["stages"]["recovered"] == r["stages"]["recovered_base"]  # none disturbs another
+
+
+def test_several_ways_of_recovery_are_each_as_alone(folder, tmp_path):
+    job(folder, tmp_path / "all", "--recover", "sdft,sft,none")
+    stages = results(tmp_path / "all")["stages"]
+    for how in ("sdft", "sft", "none"):
+        job(folder, tmp_path / how, "--recover", how)
+        assert results(tmp_path / how)["stages"]["recovered"] == stages[f"recovered_{how}"]
+
+
+def test_a_damaged_folder_and_any_teacher(folder, tmp_path):
+    """--degrade DIR recovers what another run left; --teacher DIR may be of another size, with a padded vocabulary."""
+    job(folder, tmp_path / "first", "--recover", "none", "--degrade", "int2")
+    other = make_folder(tmp_path / "other", seed=3, d_model=48, head_dim=12, padding=5)
+    assert job(folder, tmp_path / "second", "--degrade", str(tmp_path / "first" / "student"), "--teacher", str(other)) == 0
+    first, second = results(tmp_path / "first")["stages"], results(tmp_path / "second")["stages"]
+    assert second["healthy"] == first["healthy"] and second["degraded"] == first["degraded"] != second["recovered"]
+    assert job(folder, tmp_path / "third", "--degrade", f"{tmp_path}/first/student,ffn50", "--ema", "0") == 0
+    assert results(tmp_path / "third")["environment"]["damage"]["neurons_removed"] == 64
+
+
+def test_bootstrap_by_a_larger_teacher(folder, tmp_path):
+    """The larger model teaches off-policy, both with the demonstration; then the student, as it is then, teaches itself."""
+    larger = make_folder(tmp_path / "larger", seed=3, d_model=48, head_dim=12, padding=5)
+    assert job(folder, tmp_path / "out", "--degrade", "none", "--bootstrap", str(larger), "--expert-steps", "2", "--lr", "1e-2") == 0
+    r = results(tmp_path / "out")
+    assert list(r["stages"]) == ["base", "healthy", "degraded", "recovered"] and r["stages"]["degraded"] == r["stages"]["healthy"]
+    assert r["stages"]["base"] != r["stages"]["healthy"] != r["stages"]["recovered"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["healthy"] * 2 + ["recovered"] * 3
+    run = train.prepare(train.parse(["--model", str(folder), "--out", str(tmp_path / "out"), "--bootstrap", str(larger), *QUICK]))
+    stage = run.stages[1]
+    assert (stage.how, stage.teacher) == ("kd", str(larger)) and all(p.student == p.teacher for b in stage.batches for p in b)
+    assert any("expert answered" in run.tokenizer.decode(p.student) for p in stage.batches[0])
+
+
+def test_future_work_of_section_6(folder, tmp_path):
+    """CKA in the loss is logged; stopping ends a recovery early and goes back to the best check."""
+    assert job(folder, tmp_path / "cka", "--cka-weight", "1", "--cka-balance") == 0
+    lines = [json.loads(line) for line in (tmp_path / "cka" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["cka"] < 1 for line in lines)
+    assert job(folder, tmp_path / "stop", "--stop-after", "1", "--steps", "40", "--lr", "3e-2") == 0
+    lines = (tmp_path / "stop" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) in range(10, 40, 5)
+
+    run = train.prepare(train.parse(["--model", str(folder), "--out", str(tmp_path / "watch"), *QUICK]))
+    healthy, sequences = run.models["base"], run.calibration()
+    student = train.trainable_(run.config, run.student, healthy)
+    watch = train.evaluate.Watch(student, healthy, sequences, 2, every=2)
+    answers, w = [], student.layers[0].mlp.up_proj.parametrizations.weight.original
+    kept = w.detach().clone()
+    for _ in range(6):
+        answers.append(watch())
+        if len(answers) >= 2:  # the first check finds the healthy model itself
+            w.data += torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
+    assert answers == [False] * 5 + [True]
+    watch.restore()
+    assert torch.equal(w, kept)
+
+
+def test_text_files_to_measure_only(folder, tmp_path):
+    (tmp_path / "other.txt").write_text("Another text, which nothing here is trained on. " * 40)
+    assert job(folder, tmp_path / "out", "--eval", f"{tmp_path}/other.txt") == 0
+    assert "perplexity_other" in results(tmp_path / "out")["stages"]["healthy"]
+
+
 def test_what_is_not_trained_is_held_once(folder, tmp_path):
     def shared(*options):
         run = train.prepare(train.parse(["--model", str(folder), "--out", str(tmp_path), *QUICK, *options]))
@@ -227,6 +312,15 @@ def mistakes(tmp_path, folder):
         ([*m, "--train", "lora", "--train-embeddings"], "--train-embeddings"),
         ([*m, "--recover", "kd", "--data", "text", "--text-tokens", "900"], "--text-tokens 900"),
         ([*m, "--shard"], "torchrun"),
+        ([*m, "--recover", "sdft,magic"], "magic"),
+        ([*m, "--ema", "1"], "--ema"),
+        ([*m, "--ema", "0.1", "--degrade", "ffn50"], "--ema"),
+        ([*m, "--cka-weight", "1", "--teacher", copy_with("deep", edit_config(num_hidden_layers=1))], "layers"),
+        ([*m, "--teacher", str(tmp_path / "nowhere")], "nowhere"),
+        ([*m, "--degrade", "forget,int9"], "int9"),
+        ([*m, "--degrade", str(folder), "--bootstrap", str(folder)], "--bootstrap"),
+        ([*m, "--degrade", "forget", "--forget-data", "text", "--forget-steps", "0"], "--forget-steps"),
+        (["--report", str(tmp_path / "missing")], "no results.json"),
         ([*m, "--out", f"{tmp_path}/a_file/out"], "--out"),
     ]
 

@@ -209,7 +209,7 @@ def prepare(c):
         raise ValueError("--ema: the teacher can only follow a student of its own shape, not one without neurons")
     for name, teacher in models.items():
         if c.cka_weight and teacher.config.n_layer != student.config.n_layer:
-            raise ValueError(f"--cka-weight compares layers: {name} has {teacher.config.n_layer}, the student {student.config.n_layer}")
+            raise ValueError(f"--cka-weight: {name} has {teacher.config.n_layer} layers and the student {student.config.n_layer}")
 
     def prompts(tasks, steps, order, both=False):
         """Batches of sdft.Prompt; both: the student sees the demonstration too."""

@@ -139,8 +139,8 @@ def test_baselines(recover, folder, tmp_path):
 
 def test_forgetting_measures_four_stages_and_two_teachers(folder, tmp_path):
     """base -> expert (healthy) -> fine-tuned on another task (degraded) -> recovered by each teacher from the same weights."""
-    assert job(folder, tmp_path, "--degrade", "forget", "--teacher", "base,healthy", "--expert-steps", "2", "--forget-steps", "4",
-               "--forget-lr", "1e-2") == 0
+    forget = "--degrade", "forget", "--expert-steps", "2", "--forget-steps", "4", "--forget-lr", "1e-2"
+    assert job(folder, tmp_path, *forget, "--teacher", "base,healthy") == 0
     r = results(tmp_path)
     assert list(r["stages"]) == ["base", "healthy", "degraded", "recovered_base", "recovered_healthy"]
     assert set(r["stages"]["base"]) == {"science_phrasing", "science_element", "tooluse_request", "perplexity"}
@@ -149,12 +149,12 @@ def test_forgetting_measures_four_stages_and_two_teachers(folder, tmp_path):
     assert set(r["cka"]) == {"tokens", "samples", "tooluse samples"}
     assert set(r["cka"]["tooluse samples"]) == set(r["cka_layers"]) == {"degraded", "recovered_base", "recovered_healthy"}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["healthy"] * 2 + ["degraded"] * 4 + ["recovered_base"] * 3 + ["recovered_healthy"] * 3
+    steps = {"healthy": 2, "degraded": 4, "recovered_base": 3, "recovered_healthy": 3}
+    assert [line["stage"] for line in lines] == [stage for stage, n in steps.items() for _ in range(n)]
     assert lines[5]["loss"] < lines[2]["loss"]
     for name in ("student_base", "student_healthy"):
         AutoModelForCausalLM.from_pretrained(tmp_path / name)
-    assert job(folder, tmp_path / "alone", "--degrade", "forget", "--teacher", "base", "--expert-steps", "2", "--forget-steps", "4",
-               "--forget-lr", "1e-2") == 0
+    assert job(folder, tmp_path / "alone", *forget, "--teacher", "base") == 0
     assert results(tmp_path / "alone")["stages"]["recovered"] == r["stages"]["recovered_base"]  # none disturbs another
 
 
@@ -180,7 +180,8 @@ def test_a_damaged_folder_and_any_teacher(folder, tmp_path):
 def test_bootstrap_by_a_larger_teacher(folder, tmp_path):
     """The larger model teaches off-policy, both with the demonstration; then the student, as it is then, teaches itself."""
     larger = make_folder(tmp_path / "larger", seed=3, d_model=48, head_dim=12, padding=5)
-    assert job(folder, tmp_path / "out", "--degrade", "none", "--bootstrap", str(larger), "--expert-steps", "2", "--lr", "1e-2") == 0
+    bootstrap = "--degrade", "none", "--bootstrap", str(larger), "--expert-steps", "2", "--lr", "1e-2"
+    assert job(folder, tmp_path / "out", *bootstrap) == 0
     r = results(tmp_path / "out")
     assert list(r["stages"]) == ["base", "healthy", "degraded", "recovered"] and r["stages"]["degraded"] == r["stages"]["healthy"]
     assert r["stages"]["base"] != r["stages"]["healthy"] != r["stages"]["recovered"]

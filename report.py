@@ -94,7 +94,7 @@ def _title(metric):
 # ---------------------------------------------------------------------------------------------------------------------
 # Many runs
 
-IGNORED = {"seed", "out", "report", "device", "dtype", "micro_batch", "model"}  # of the options, in a run's name
+IGNORED = {"seed", "out", "report", "device", "dtype", "micro_batch", "model", "eval"}  # of the options, in a run's name
 
 
 def read_runs(paths, defaults):
@@ -178,7 +178,7 @@ def mean_and_error(values, digits):
         return ""
     mean, n = sum(values) / len(values), len(values)
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0
-    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error > 1e-9 else "")
 
 
 def points(runs, stages=("degraded", "recovered")):

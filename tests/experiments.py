@@ -26,7 +26,7 @@ EXPERIMENTS = {  # name -> (options of each run, seeds)
     "table4": (["--degrade ffn10 --data science,text", "--degrade ffn10 --data tooluse,text --eval science"], (0, 1, 2)),
     "table5": ([f"--model {SMALL} --degrade none", f"--model {SMALL} --degrade none --bootstrap BASE"], (0, 1, 2)),
     "baselines": ([f"--degrade {damage} {WAYS}" for damage in ("int4", "nf4", "ffn10", "wanda30")], (0, 1, 2)),
-    "sweep": ([f"--degrade {damage} --recover none" for damage in LEVELS], (0,)),
+    "sweep": ([f"--degrade {damage} --recover none --eval-limit 150" for damage in LEVELS], (0,)),
 }
 
 

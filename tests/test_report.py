@@ -48,7 +48,8 @@ def test_correlations_by_hand(tmp_path):
     assert report._ranks(x).tolist() == [1, 2, 3.5, 3.5, 5]
     y = np.array([2.0, 1, 4, 3, 5])
     assert report.pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert report.pearson(report._ranks(x), report._ranks(x ** 3)) == pytest.approx(1) > report.pearson(x, x ** 3)
+    assert report.pearson(report._ranks(x), report._ranks(x ** 3)) == pytest.approx(1)
+    assert report.pearson(x, x ** 3) < 0.99
     assert math.isnan(report.pearson(x, np.ones(5)))
     assert report.interval(x, 2 * x) == "1.00 [1.00, 1.00]"
     for i in range(6):  # accuracy rises with CKA, on a line

@@ -187,11 +187,11 @@ def points(runs, stages=("degraded", "recovered")):
     for name, own, results in runs:
         for stage in stages:
             key = own if stage == "recovered" else stage
-            cka = {level: results["cka"][level].get(key) for level in ("tokens", "samples") if level in results["cka"]}
-            damaged = results["config"]["degrade"], results["environment"]["damage"], results["stages"].get(key)
-            of = str(damaged) if stage == "degraded" else f"{name} {results['config']['seed']}"
-            if cka and all(cka.values()) and results["config"]["recover"] != "none" or stage == "degraded" and all(cka.values()):
-                found.setdefault((stage, of), (stage, results["stages"][key], cka))
+            cka = {level: by_stage[key] for level, by_stage in results["cka"].items() if key in by_stage}
+            nobody_taught = stage == "recovered" and "none" in (results["config"]["recover"], own.removeprefix("recovered_"))
+            which = f"{name} {results['config']['seed']}" if stage == "recovered" else str(results["stages"]["degraded"])
+            if cka and not nobody_taught:
+                found.setdefault((stage, which), (stage, results["stages"][key], cka))
     return list(found.values())
 
 
@@ -201,12 +201,12 @@ LAYERS = {"last": lambda v: v[-1], "mean": lambda v: sum(v) / len(v)}
 def correlation_table(runs):
     """Pearson and Spearman r, with 95 % bootstrap intervals, of CKA with each metric (perplexity: with minus its logarithm).
 
-    Once over the damaged models, and once over the change that recovery brought to each. '' for fewer than 5 models.
+    Over the damaged models, over the recovered ones, and over both together. '' for fewer than 5 models.
     """
     lines = ["| models | CKA over | kind | layers | metric | n | Pearson r | Spearman r |", "|" + "---|" * 8]
     for stages in (("degraded",), ("recovered",), ("degraded", "recovered")):
         chosen = points(runs, stages)
-        if len(chosen) < 5:
+        if len(chosen) < 5 or {stage for stage, _, _ in chosen} != set(stages):
             continue
         metrics = [m for m in chosen[0][1] if all(m in p[1] for p in chosen)]
         for level in ("samples", "tokens"):

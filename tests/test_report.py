@@ -49,7 +49,7 @@ def test_correlations_by_hand(tmp_path):
     y = np.array([2.0, 1, 4, 3, 5])
     assert report.pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert report.pearson(report._ranks(x), report._ranks(x ** 3)) == pytest.approx(1)
-    assert report.pearson(x, x ** 3) < 0.99
+    assert report.pearson(x, x ** 3) < 0.999
     assert math.isnan(report.pearson(x, np.ones(5)))
     assert report.interval(x, 2 * x) == "1.00 [1.00, 1.00]"
     for i in range(6):  # accuracy rises with CKA, on a line

@@ -71,6 +71,12 @@ def compare(states, healthy):
     return likeness, layers
 
 
+def spread(items, limit):
+    """At most `limit` of the items (0: all), evenly spread over them."""
+    n = min(limit, len(items)) if limit else len(items)
+    return [items[i * len(items) // n] for i in range(n)]
+
+
 def answer_tokens(c, tokenizer, examples):
     """How many tokens an answer to these examples may take."""
     return c.answer_tokens or max(len(tokenizer.answer(e.response)) for e in examples)
@@ -105,7 +111,7 @@ def cka_sequences(c, tokenizer, tasks, windows):
     """{task: ids of prompt + ground truth (§4.2) of eval examples}; of text windows, where no task has four."""
     found = {}
     for task in tasks:
-        examples = [e for e in next(iter(task.eval.values()), []) if e.chat and e.response][:c.eval_limit or None]
+        examples = [e for e in spread(next(iter(task.eval.values()), []), c.eval_limit) if e.chat and e.response]
         examples = examples[:: max(1, len(examples) // c.cka_samples)][:c.cka_samples]
         if len(examples) >= 4:
             found[task.name] = [data.student_prompt(tokenizer, e) + tokenizer.answer(e.response) for e in examples]
@@ -113,10 +119,11 @@ def cka_sequences(c, tokenizer, tasks, windows):
 
 
 def recovered_fraction(healthy, degraded, recovered, metric):
-    """(recovered - degraded) / (healthy - degraded); None where the damage is within two paired standard errors of nothing."""
+    """(recovered - degraded) / (healthy - degraded); None where degraded is not worse by two paired standard errors."""
     difference = healthy.items[metric] - degraded.items[metric]
+    difference = -difference if metric.startswith("perplexity") else difference  # nats: less is better
     noise = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
-    if abs(difference.mean().item()) <= 2 * noise:
+    if difference.mean().item() <= 2 * noise:
         return None
     h, d, r = (m.value(metric) for m in (healthy, degraded, recovered))
     return (r - d) / (h - d)
@@ -131,14 +138,16 @@ class Watch:
         self.dtype, self.steps, self.best, self.checks_since, self.kept = healthy.norm.weight.dtype, 0, -math.inf, 0, []
         self.healthy = cka.hidden_states(healthy, sequences, last=True)
 
-    @torch.no_grad()
     def __call__(self):
         self.steps += 1
-        if self.steps % self.every:
-            return False
+        return self.steps % self.every == 0 and self.check()
+
+    @torch.no_grad()
+    def check(self):
+        """Measure; True if it is time to stop."""
         model = frozen_copy(parallel.whole(self.student), self.dtype)
         states = cka.hidden_states(model, self.sequences, last=True)
-        value = cka.sample_level(states, self.healthy)["linear_debiased"][-1]
+        value, = parallel.gather([cka.sample_level(states, self.healthy)["linear_debiased"][-1]])[:1]  # one says for all
         self.checks_since += 1
         if value > self.best:
             self.best, self.checks_since = value, 0
@@ -147,6 +156,7 @@ class Watch:
 
     @torch.no_grad()
     def restore(self):
-        """The weights of the best check, in place."""
+        """The weights of the best check, the last state's among them, in place."""
+        self.check()
         for p, best in zip([p for p in self.student.parameters() if p.requires_grad], self.kept):
             p.copy_(best)

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ class GPTConfig:
     out_bias: bool = False          # bias of the attention output projection
     mlp_bias: bool = False
     tie_embeddings: bool = True     # the head is the embedding matrix
-    hf: dict = field(default_factory=dict, repr=False)  # the config.json it came from; unknown keys are kept on saving
+    hf: dict = field(default_factory=dict, repr=False, compare=False)  # its config.json; unknown keys are kept on saving
 
     @classmethod
     def from_hf(cls, hf):
@@ -406,7 +406,7 @@ def exact_weight(model, name):
 def frozen_copy(model, dtype):
     """A plain copy of a model, as it acts, in dtype; it does not train."""
     with torch.device("meta"):
-        plain = GPT(model.config)
+        plain = GPT(replace(model.config))  # a copy, as removing neurons changes it
     state = {name: exact_weight(model, name).to(dtype, copy=True) for name, _ in plain.named_parameters()}
     plain.load_state_dict(state, assign=True)
     return plain.requires_grad_(False).eval()

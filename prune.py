@@ -167,6 +167,8 @@ def parse_damage(text):
             raise ValueError(f"--degrade: unknown damage {scheme!r}: choose of ffn10, magnitude30, wanda30, wanda2:4, int4, nf4")
         if int(match["fraction"] or match["sparsity"] or 0) >= 100:
             raise ValueError(f"--degrade: {scheme} would leave nothing")
+        if match["m"] and not 0 < int(match["n"]) <= int(match["m"]):
+            raise ValueError(f"--degrade: {scheme} keeps {match['n']} of {match['m']}: it must keep at least 1, at most all")
         kind = match["ffn"] or match["mask"] and "mask" or "grid"
         if kind in found:
             raise ValueError(f"--degrade: {found[kind][0]} and {scheme} cannot both be done to one weight")

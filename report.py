@@ -2,6 +2,7 @@
 import json
 import math
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -15,7 +16,7 @@ def text(results, answers):
     lines = ["", f"{'':24}" + "".join(f"{stage:>{width}}" for stage in values) + "  recovered fraction"]
     for metric in values["healthy"]:
         row = "".join(f"{values[stage][metric]:{width}.2f}" for stage in values)
-        shown = ", ".join("within noise" if f[metric] is None else f"{f[metric]:.2f}" for f in fractions.values())
+        shown = ", ".join("not damaged" if f[metric] is None else f"{f[metric]:.2f}" for f in fractions.values())
         lines.append(f"{_title(metric):24}{row}  {shown:>18}")
     for i, (prompt, _) in enumerate(answers["healthy"]):
         lines += ["", f"> {prompt}"] + [f"  {name:{width}}{' '.join(a[i][1].split())}" for name, a in answers.items()]
@@ -94,7 +95,7 @@ def _title(metric):
 # ---------------------------------------------------------------------------------------------------------------------
 # Many runs
 
-IGNORED = {"seed", "out", "report", "device", "dtype", "micro_batch", "model", "eval"}  # of the options, in a run's name
+IGNORED = {"seed", "out", "report", "device", "dtype", "micro_batch", "eval"}  # of the options, in a run's name
 
 
 def read_runs(paths, defaults):
@@ -102,10 +103,11 @@ def read_runs(paths, defaults):
 
     A run with several recoveries counts as several. ValueError for a folder without any, or a file that is none.
     """
-    runs = []
+    runs, seen = [], set()
     for path in paths:
-        files = sorted(Path(path).rglob("results.json"))
-        if not files:
+        files = sorted({file.resolve() for file in Path(path).rglob("results.json")} - seen)
+        seen |= set(files)
+        if not files and not seen:
             raise ValueError(f"--report {path}: no results.json in it")
         for file in files:
             try:
@@ -124,6 +126,7 @@ def _name(config, defaults):
         value = config.get(option, default)
         if option not in IGNORED and (value != default or option == "degrade"):
             flag = option.replace("_", "-")
+            value = "/".join(value.split("/")[-2:]) if isinstance(value, str) else value  # of a folder the last two steps
             words.append(("--" if value else "--no-") + flag if isinstance(default, bool) else f"--{flag} {value}")
     return " ".join(words)
 
@@ -144,14 +147,14 @@ def performance_table(runs):
     """A row for each name and metric: every stage, the recovered values run by run, and the recovered fraction."""
     lines = ["| options | metric | base | healthy | degraded | recovered | run by run | recovered fraction |", "|" + "---|" * 8]
     for name, group in _groups(runs):
-        for metric in group[0][1]["stages"]["healthy"]:
+        for metric in [m for m in group[0][1]["stages"]["healthy"] if all(m in r["stages"]["healthy"] for _, r in group)]:
             def values(stage, group=group, metric=metric):
                 return [r["stages"][stage or own][metric] for own, r in group if (stage or own) in r["stages"]]
             fractions = [recovered_fractions(r)[own][metric] for own, r in group]
             digits = 2 if metric.startswith("perplexity") else 1
             shown = [mean_and_error(values(stage), digits) for stage in ("base", "healthy", "degraded", "")]
             each = ", ".join(f"{v:.{digits}f}" for v in values(""))
-            shown += [each, "within noise" if None in fractions else mean_and_error(fractions, 2)]
+            shown += [each, "not damaged" if None in fractions else mean_and_error(fractions, 2)]
             lines.append(f"| `{name}` | {_title(metric)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
@@ -182,16 +185,16 @@ def mean_and_error(values, digits):
 
 
 def points(runs, stages=("degraded", "recovered")):
-    """One point for each model that was measured against its healthy one: (stage, its performance, its CKA); none twice."""
+    """A point for each model measured against its healthy one, none twice: (stage, its performance, its CKA, the damage)."""
     found = {}
     for name, own, results in runs:
         for stage in stages:
             key = own if stage == "recovered" else stage
             cka = {level: by_stage[key] for level, by_stage in results["cka"].items() if key in by_stage}
-            nobody_taught = stage == "recovered" and "none" in (results["config"]["recover"], own.removeprefix("recovered_"))
+            nobody_taught = stage == "recovered" and "none" in (results["config"]["recover"], *own.split("_")[1:2])
             which = f"{name} {results['config']['seed']}" if stage == "recovered" else str(results["stages"]["degraded"])
             if cka and not nobody_taught:
-                found.setdefault((stage, which), (stage, results["stages"][key], cka))
+                found.setdefault((stage, which), (stage, results["stages"][key], cka, results["config"]["degrade"]))
     return list(found.values())
 
 
@@ -206,16 +209,17 @@ def correlation_table(runs):
     lines = ["| models | CKA over | kind | layers | metric | n | Pearson r | Spearman r |", "|" + "---|" * 8]
     for stages in (("degraded",), ("recovered",), ("degraded", "recovered")):
         chosen = points(runs, stages)
-        if len(chosen) < 5 or {stage for stage, _, _ in chosen} != set(stages):
+        if len(chosen) < 5 or {stage for stage, *_ in chosen} != set(stages):
             continue
         metrics = [m for m in chosen[0][1] if all(m in p[1] for p in chosen)]
         for level in ("samples", "tokens"):
             for kind in ("linear", "linear_debiased", "rbf_debiased"):
                 for layers, reduce in LAYERS.items():
                     for metric in metrics:
-                        x = np.array([reduce(cka[level][kind]) for _, _, cka in chosen])
-                        y = np.array([_score(values, metric) for _, values, _ in chosen])
-                        r = [interval(x, y), interval(_ranks(x), _ranks(y))]
+                        x = np.array([reduce(cka[level][kind]) for _, _, cka, _ in chosen])
+                        y = np.array([_score(values, metric) for _, values, _, _ in chosen])
+                        damages = [damage for *_, damage in chosen]
+                        r = [interval(x, y, damages, pearson), interval(x, y, damages, spearman)]
                         lines.append(f"| {' and '.join(stages)} | {level} | {kind.replace('_', ', ')} | {layers} | {metric} | "
                                      f"{len(x)} | {r[0]} | {r[1]} |")
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -237,12 +241,22 @@ def _ranks(x):
     return np.array([((x < v).sum() + (x <= v).sum() + 1) / 2 for v in x])
 
 
-def interval(x, y, samples=2000):
-    """'r [low, high]': Pearson's r and its 95 % percentile bootstrap interval over pairs (seed 0)."""
-    rng = np.random.default_rng(0)
-    drawn = [pearson(x[i], y[i]) for i in rng.integers(len(x), size=(samples, len(x)))]
+def spearman(x, y):
+    """Pearson's r of the ranks."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def interval(x, y, damages, statistic, samples=1000):
+    """'r [low, high]': the statistic and its 95 % percentile bootstrap interval (seed 0).
+
+    Whole damages are drawn, with all their points: the seeds of one are not independent.
+    """
+    rng, damages = np.random.default_rng(0), np.array(damages)
+    members = [np.flatnonzero(damages == d) for d in sorted(set(damages))]
+    drawn = [np.concatenate([members[j] for j in rng.integers(len(members), size=len(members))]) for _ in range(samples)]
+    drawn = [statistic(x[i], y[i]) for i in drawn]
     low, high = np.nanpercentile(drawn, [2.5, 97.5]) if not np.isnan(drawn).all() else (math.nan, math.nan)
-    return f"{pearson(x, y):.2f} [{low:.2f}, {high:.2f}]"
+    return f"{statistic(x, y):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def draw_runs(runs, out):
@@ -260,7 +274,7 @@ def draw_runs(runs, out):
             heights = [np.mean([r["stages"][stage or own][metric] for own, r in group]) for _, group in groups]
             axis.barh(np.arange(len(groups)) + 0.27 * (1 - i), heights, 0.27, label=stage or "recovered")
         axis.set(title=_title(metric))
-        axis.set_yticks(range(len(groups)), [name for name, _ in groups] if metric == metrics[0] else [], fontsize=7)
+        axis.set_yticks(range(len(groups)), [fill(name, 36) for name, _ in groups] if metric == metrics[0] else [], fontsize=7)
     axes[0, 0].legend()
     along, against = axes[1, 0], axes[1, 1]
     for i, (name, group) in enumerate(groups):
@@ -273,8 +287,8 @@ def draw_runs(runs, out):
     along.legend(fontsize=7)
     for stage, marker in (("degraded", "x"), ("recovered", "o")):
         chosen = points(runs, (stage,))
-        against.plot([cka["samples"]["linear_debiased"][-1] for _, _, cka in chosen],
-                     [values[metrics[0]] for _, values, _ in chosen], marker, label=stage)
+        against.plot([cka["samples"]["linear_debiased"][-1] for _, _, cka, _ in chosen],
+                     [values[metrics[0]] for _, values, _, _ in chosen], marker, label=stage)
     against.set(title="CKA (samples, last layer) against performance", xlabel="CKA", ylabel=_title(metrics[0]))
     against.legend()
     out.mkdir(parents=True, exist_ok=True)

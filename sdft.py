@@ -80,7 +80,6 @@ def completion_states(model, prompts, completions, hidden=False):
     """Final hidden states [N, D] at the positions that predict the completions' tokens, row after row, without padding.
 
     With hidden=True -> (those, every block's output there [n_layer, N, D]).
-
     Only these go through the head. All rows pass through the model as one packed batch (see model.py), where the beginning that
     prompts have in common stands once. Rows of a group are padded on the right, where a causal model needs no mask.
     """
@@ -203,8 +202,8 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
             states, also = completion_states(student, [p.student for p in prompts], answers, hidden=layers), None
             if layers:
                 (scored, theirs), (states, ours) = scored, states
-                share = sum(map(len, answers)) / tokens
-                distance = 1 - linear_cka(ours, theirs).mean()
+            if layers and len(states) > 2:  # of fewer tokens CKA says nothing
+                distance, share = 1 - linear_cka(ours, theirs).mean(), len(states) / tokens
                 likeness += share * (1 - distance.item())
 
                 def also(kl, distance=distance, share=share):
@@ -221,8 +220,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
 def follow(teacher, student, rate):
     """A function that moves the teacher, in place, towards the student: phi <- rate theta + (1 - rate) phi (Shenfeld et al.).
 
-    phi is kept in float32: in bfloat16 a step of 1 % would round to none. ValueError if the two are not of one shape.
-    """
+    phi is kept in float32: in bfloat16 a step of 1 % would round to none. ValueError if the two are not of one shape."""
     phi = {name: p.detach().float() for name, p in teacher.named_parameters()}
     if teacher.config != student.config:
         raise ValueError("a teacher can only follow a student of its own shape")

@@ -126,6 +126,7 @@ class Stage:
     batches: list = ()      # of lists of sdft.Prompt
     lr: float = 0.0
     damage: str = ""        # schemes of prune.parse_damage
+    loss: str = ""          # if not that of --loss
 
 
 @dataclass
@@ -168,6 +169,12 @@ def check_options(c):
     for how in c.recover.split(","):
         if how not in WAYS:
             raise ValueError(f"--recover: unknown way {how!r}: choose of {', '.join(WAYS)}")
+    if "" in c.teacher.split(",") or c.bootstrap == "healthy":
+        raise ValueError("--teacher takes names or folders by commas, none of them empty, and --bootstrap a folder")
+    if c.cka_balance and not c.cka_weight:
+        raise ValueError("--cka-balance scales --cka-weight: give one above 0")
+    if c.stop_after and c.calibration < 4:
+        raise ValueError("--stop-after measures CKA over --calibration examples: give at least 4")
     kind, _, number = c.device.partition(":")
     if c.device != "cpu" and (kind != "cuda" or not (number or "0").isdecimal() or int(number or 0) >= torch.cuda.device_count()):
         raise ValueError(f"--device {c.device}: this torch sees {torch.cuda.device_count()} CUDA devices; try --device cpu")
@@ -196,20 +203,26 @@ def prepare(c):
     dtype = getattr(torch, c.dtype)
     student = GPT.from_pretrained(folder, dtype if c.train == "lora" else torch.float32, c.device)
     models = {"base": frozen_copy(student, dtype)}
-    for name in {*c.teacher.split(","), c.bootstrap} - {"healthy", "base", ""}:
+    folders = {*c.teacher.split(","), c.bootstrap} - {"healthy", "base", ""}
+    for name in sorted(folders):
         models[name] = GPT.from_pretrained(name, dtype, c.device).eval().requires_grad_(False)
-        if data.load_tokenizer(name).encode(text[:4000]) != tokenizer.encode(text[:4000]):
-            raise ValueError(f"{name}: a teacher must have the tokenizer of the student, {folder}")
+    for name in sorted(folders | {start} - {"", "forget"}):
+        other, chat = data.load_tokenizer(name), [{"role": "user", "content": text[:4000]}]
+        if other.encode(text[:4000]) != tokenizer.encode(text[:4000]) or other.chat(chat) != tokenizer.chat(chat):
+            raise ValueError(f"{name}: its tokenizer must be that of the healthy model, {folder}")
     if start not in ("", "forget"):
         if c.bootstrap:
             raise ValueError(f"--bootstrap makes the healthy model, and {start} is a damaged one: leave out one of them")
         student = GPT.from_pretrained(start, dtype if c.train == "lora" else torch.float32, c.device)
+        if student.config.n_layer != models["base"].config.n_layer:
+            raise ValueError(f"{start} has {student.config.n_layer} layers and {folder} {models['base'].config.n_layer}")
     prune.check_damage(student.config, damage, c.group_size)
-    if c.ema and damage.startswith("ffn"):
-        raise ValueError("--ema: the teacher can only follow a student of its own shape, not one without neurons")
-    for name, teacher in models.items():
-        if c.cka_weight and teacher.config.n_layer != student.config.n_layer:
-            raise ValueError(f"--cka-weight: {name} has {teacher.config.n_layer} layers and the student {student.config.n_layer}")
+    for name in c.teacher.split(","):
+        theirs = models.get(name, models["base"]).config  # the healthy model has the shape of the base
+        if c.ema and (theirs != student.config or "ffn" in damage):
+            raise ValueError(f"--ema: a teacher can only follow a student of its own shape, and {name} is of another")
+        if c.cka_weight and theirs.n_layer != student.config.n_layer:
+            raise ValueError(f"--cka-weight: {name} has {theirs.n_layer} layers and the student {student.config.n_layer}")
 
     def prompts(tasks, steps, order, both=False):
         """Batches of sdft.Prompt; both: the student sees the demonstration too."""
@@ -222,7 +235,8 @@ def prepare(c):
     if start == "forget" or c.bootstrap:
         how, teacher = ("kd", c.bootstrap) if c.bootstrap else ("sdft", "base")
         first = prompts(tasks, c.expert_steps, f"expert {c.seed}", both=bool(c.bootstrap))
-        stages = [Stage("base"), Stage("healthy", how, teacher, first, c.lr)]
+        loss = "reverse_kl" if c.bootstrap else ""  # Fig. 7 writes KL(3B || 7B)
+        stages = [Stage("base"), Stage("healthy", how, teacher, first, c.lr, loss=loss)]
     if start == "forget":
         degraded = Stage("degraded", "sft", "", prompts(forgetting, c.forget_steps, f"forget {c.seed}"), c.forget_lr, damage)
     if start or damage:
@@ -230,16 +244,23 @@ def prepare(c):
     batches = prompts(tasks, c.steps, c.seed)
     recoveries = []
     for how in c.recover.split(","):
-        for teacher in c.teacher.split(","):
-            name = [how] * ("," in c.recover) + [Path(teacher).name] * ("," in c.teacher)
+        for i, teacher in enumerate(c.teacher.split(",") if how in ("sdft", "kd") else [""]):
+            name = [how] * ("," in c.recover) + [teacher if teacher in models and teacher not in folders or teacher == "healthy"
+                                                 else f"teacher{i + 1}"] * ("," in c.teacher and teacher != "")
             recoveries.append(Stage("_".join(["recovered", *name]), how, teacher, batches, c.lr))
+    if len({stage.name for stage in recoveries}) < len(recoveries):
+        raise ValueError("--recover and --teacher must not name anything twice")
 
     measured = {t.name: t for t in [*tasks, *forgetting, *further]}
-    splits = {f"{t.name}_{name}": es[:c.eval_limit or None] for t in measured.values() for name, es in t.eval.items()}
+    splits = {f"{t.name}_{name}": evaluate.spread(es, c.eval_limit) for t in measured.values() for name, es in t.eval.items()}
     texts = {"perplexity": text} | {f"perplexity_{Path(t).stem}": data.read_text(t) for t in c.eval.split(",") if is_text(t)}
     windows = {metric: data.text_windows(tokenizer, text, length=min(256, student.config.context_length))
                for metric, text in texts.items()}
-    check_prompts(c, [*stages, *recoveries], splits, tokenizer, student.config.context_length)
+    sequences = evaluate.cka_sequences(c, tokenizer, [*tasks, *forgetting], windows["perplexity"])
+    if "ffn" in damage or "wanda" in damage or c.stop_after:
+        sequences = sequences | {"": calibration_sequences(c, tokenizer, tasks)}
+    check_prompts(c, [*stages, *recoveries], splits, sequences, tokenizer, min(m.config.context_length for m in models.values()))
+    sequences.pop("", None)
     facts = {"model": str(folder), "parameters": sum(p.numel() for p in student.parameters()), "damage": {},
              "data_sha256": sha256(repr([[(e.prompt, e.response) for e in t.train] for t in tasks])),
              "eval_sha256": sha256(repr([[(e.prompt, e.response) for e in es] for es in splits.values()])),
@@ -250,7 +271,7 @@ def prepare(c):
     if parallel.rank() == 0:
         prepare_out(Path(c.out))
     return Run(c, folder, tokenizer, models, student, stages, recoveries, lambda: calibration_sequences(c, tokenizer, tasks),
-               evaluate.cka_sequences(c, tokenizer, [*tasks, *forgetting], windows["perplexity"]), splits, windows, facts)
+               sequences, splits, windows, facts)
 
 
 def is_text(name):
@@ -261,7 +282,7 @@ def is_text(name):
 def split_damage(text):
     """--degrade -> (forget, the folder of a damaged model, or ""; the schemes of `prune.parse_damage`). ValueError for others."""
     first, _, rest = text.partition(",")
-    if first == "forget" or Path(first).is_dir():
+    if first == "forget" or Path(first).is_dir() and not prune.DAMAGES.fullmatch(first) and first != "none":
         start, schemes = first, rest
     else:
         start, schemes = "", "" if text == "none" else text
@@ -270,9 +291,9 @@ def split_damage(text):
     return start, schemes
 
 
-def check_prompts(c, stages, splits, tokenizer, context_length):
+def check_prompts(c, stages, splits, sequences, tokenizer, context_length):
     """ValueError for prompts that do not fit the context with their answers, or have no expert's answer where one is learned."""
-    longest = []
+    longest = [len(ids) for group in sequences.values() for ids in group]
     for stage in stages:
         for p in (p for batch in stage.batches for p in batch):
             if stage.how in ("kd", "sft") and not p.answer:
@@ -347,7 +368,7 @@ def execute(run):
     levels = dict.fromkeys(level for m in stages.values() for level in m.cka)
     results = {"config": dataclasses.asdict(c), "environment": environment(run),
                "stages": {name: {metric: m.value(metric) for metric in m.items} for name, m in stages.items()},
-               "recovered_fraction": fractions if len(fractions) > 1 else fractions["recovered"],
+               "recovered_fraction": fractions.get("recovered", fractions),
                "cka": {level: {name: m.cka[level] for name, m in stages.items() if m.cka} for level in levels},
                "cka_layers": {name: m.layers for name, m in stages.items() if m.layers},
                "seconds": seconds}
@@ -392,9 +413,12 @@ def teach_(run, student, stage):
         if stage.how == "sft":
             sdft.sft(student, stage.batches, **settings)
         else:
-            teacher = frozen_copy(run.models[stage.teacher], dtype) if c.ema else run.models[stage.teacher]
-            sdft.recover(student, teacher, stage.batches, rollout if stage.how == "sdft" else None, loss=sdft.LOSSES[c.loss],
-                         ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance, **settings)
+            teacher = run.models[stage.teacher]
+            if stage in run.recoveries:
+                teacher = frozen_copy(teacher, dtype) if c.ema else teacher
+                settings |= dict(ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance)
+            sdft.recover(student, teacher, stage.batches, rollout if stage.how == "sdft" else None,
+                         loss=sdft.LOSSES[stage.loss or c.loss], **settings)
         if watch:
             watch.restore()
 

@@ -4,7 +4,8 @@
     python tests/experiments.py table2 baselines sweep         # several, one run after the other
     python tests/experiments.py table4 --steps 50 --model DIR  # further options go to every run of train.py
 
-Each run is `python train.py OPTIONS --seed S --out runs/EXPERIMENT/NUMBER-S`, with S = 0, 1, 2. What came of them is printed, and
+Each run is `python train.py OPTIONS --seed S --out runs/EXPERIMENT/NUMBER-S`, with S = 0, 1, 2 (and
+the further options in EXPERIMENT). What came of them is printed, and
 drawn into runs/EXPERIMENT/report.png, by `python train.py --report runs/EXPERIMENT`. The students are not kept.
 """
 import argparse
@@ -24,7 +25,7 @@ EXPERIMENTS = {  # name -> (options of each run, seeds)
     "table1": (["--degrade forget --teacher base,healthy --eval-limit 150"], (0, 1, 2)),
     "table2": (["--degrade nf4 --data science,text", "--degrade nf4 --data tooluse,text --eval science"], (0, 1, 2)),
     "table4": (["--degrade ffn10 --data science,text", "--degrade ffn10 --data tooluse,text --eval science"], (0, 1, 2)),
-    "table5": ([f"--model {SMALL} --degrade none", f"--model {SMALL} --degrade none --bootstrap BASE"], (0, 1, 2)),
+    "table5": ([f"--model {SMALL} --degrade none --steps 50", f"--model {SMALL} --degrade none --bootstrap BASE"], (0, 1, 2)),
     "baselines": ([f"--degrade {damage} {WAYS}" for damage in ("int4", "nf4", "ffn10", "wanda30")], (0, 1, 2)),
     "sweep": ([f"--degrade {damage} --recover none --eval-limit 150" for damage in LEVELS], (0,)),
 }
@@ -34,9 +35,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", choices=list(EXPERIMENTS))
     chosen, further = parser.parse_known_args()
+    if "table5" in chosen.experiments and "--model" in further:
+        sys.exit("error: table5 makes its own small model of the default one; for others see --bootstrap of train.py")
     for experiment in chosen.experiments:
         runs, seeds = EXPERIMENTS[experiment]
-        if experiment == "table5":
+        experiment = "".join([experiment, *further]).replace("/", "-")
+        if experiment.startswith("table5"):
             run("--degrade ffn30 --recover none --eval-limit 1", Path("runs/small"), [], keep=True)
         for seed in seeds:
             for number, options in enumerate(runs):

@@ -35,7 +35,7 @@ def test_tables_are_means_and_standard_errors_over_the_seeds_of_one_name(tmp_pat
     runs = report.read_runs([tmp_path], DEFAULTS)
     table = report.performance_table(runs).splitlines()
     assert "| `--degrade int4` | task % |  | 50.0 | 20.0 | 41.0 ± 1.7 | 38.0, 44.0, 41.0 | 0.70 ± 0.06 |" in table
-    assert "| `--degrade int4` | perplexity |  | 10.00 | 20.00 | 12.00 | 12.00, 12.00, 12.00 | within noise |" in table
+    assert "| `--degrade int4` | perplexity |  | 10.00 | 20.00 | 12.00 | 12.00, 12.00, 12.00 | not damaged |" in table
     assert any(line.startswith("| `--degrade int4 --recover kd --no-demo` | task % |") for line in table)
     assert "| `--degrade int4` | samples | linear, debiased | 0.900 | 0.450 | 0.950 | 0.725 |" in report.cka_table(runs)
     report.draw_runs(runs, tmp_path)
@@ -48,10 +48,15 @@ def test_correlations_by_hand(tmp_path):
     assert report._ranks(x).tolist() == [1, 2, 3.5, 3.5, 5]
     y = np.array([2.0, 1, 4, 3, 5])
     assert report.pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert report.pearson(report._ranks(x), report._ranks(x ** 3)) == pytest.approx(1)
+    assert report.spearman(x, x ** 3) == pytest.approx(1)
+    assert report.spearman(x, y) == pytest.approx(np.corrcoef([1, 2, 3.5, 3.5, 5], [2, 1, 4, 3, 5])[0, 1])
     assert report.pearson(x, x ** 3) < 0.999
     assert math.isnan(report.pearson(x, np.ones(5)))
-    assert report.interval(x, 2 * x) == "1.00 [1.00, 1.00]"
+    assert report.interval(x, 2 * x, list("abcde"), report.pearson) == "1.00 [1.00, 1.00]"
+    noise = np.random.default_rng(1).normal(size=(2, 8))
+    narrow = report.interval(*np.repeat(noise, 4, axis=1), [str(i) for i in range(32)], report.pearson)
+    clustered = report.interval(*np.repeat(noise, 4, axis=1), [str(i // 4) for i in range(32)], report.pearson)
+    assert clustered == report.interval(*noise, [str(i) for i in range(8)], report.pearson) != narrow  # copies tell nothing new
     for i in range(6):  # accuracy rises with CKA, on a line
         write(tmp_path / str(i), 0, 30.0, degraded=20.0 + i, last=0.5 + i / 20, degrade=f"int{2 + i}", recover="none")
     table = report.correlation_table(report.read_runs([tmp_path], DEFAULTS))

@@ -159,7 +159,7 @@ def test_forgetting_measures_four_stages_and_two_teachers(folder, tmp_path):
 
 
 def test_several_ways_of_recovery_are_each_as_alone(folder, tmp_path):
-    job(folder, tmp_path / "all", "--recover", "sdft,sft,none")
+    job(folder, tmp_path / "all", "--recover", "sdft,sft,none", "--teacher", "base")
     stages = results(tmp_path / "all")["stages"]
     for how in ("sdft", "sft", "none"):
         job(folder, tmp_path / how, "--recover", how)
@@ -173,7 +173,8 @@ def test_a_damaged_folder_and_any_teacher(folder, tmp_path):
     assert job(folder, tmp_path / "second", "--degrade", str(tmp_path / "first" / "student"), "--teacher", str(other)) == 0
     first, second = results(tmp_path / "first")["stages"], results(tmp_path / "second")["stages"]
     assert second["healthy"] == first["healthy"] and second["degraded"] == first["degraded"] != second["recovered"]
-    assert job(folder, tmp_path / "third", "--degrade", f"{tmp_path}/first/student,ffn50", "--ema", "0") == 0
+    assert job(folder, tmp_path / "ema", "--degrade", str(tmp_path / "first" / "student"), "--ema", "0.1") == 0
+    assert job(folder, tmp_path / "third", "--degrade", f"{tmp_path}/first/student,ffn50") == 0
     assert results(tmp_path / "third")["environment"]["damage"]["neurons_removed"] == 64
 
 
@@ -256,6 +257,7 @@ def test_recovered_fraction_by_hand():
     assert train.evaluate.recovered_fraction(healthy, degraded, recovered, "accuracy") == pytest.approx(0.5)
     healthy, degraded, recovered = measured(10., 10), measured(20., 20), measured(12., 12)
     assert train.evaluate.recovered_fraction(healthy, degraded, recovered, "perplexity") == pytest.approx(0.8)
+    assert train.evaluate.recovered_fraction(degraded, healthy, recovered, "perplexity") is None  # it got better
     same = measured(1., 0, 1, 1)
     assert train.evaluate.recovered_fraction(same, measured(1., 0, 0, 1), same, "accuracy") is None  # 25 points, but 25 of noise
 
@@ -314,6 +316,14 @@ def mistakes(tmp_path, folder):
         ([*m, "--recover", "kd", "--data", "text", "--text-tokens", "900"], "--text-tokens 900"),
         ([*m, "--shard"], "torchrun"),
         ([*m, "--recover", "sdft,magic"], "magic"),
+        ([*m, "--recover", "sdft,sdft"], "twice"),
+        ([*m, "--teacher", "base,"], "empty"),
+        ([*m, "--degrade", "wanda5:4"], "wanda5:4"),
+        ([*m, "--degrade", "wanda2:0"], "wanda2:0"),
+        ([*m, "--cka-balance"], "--cka-weight"),
+        ([*m, "--stop-after", "1", "--calibration", "3"], "--calibration"),
+        ([*m, "--ema", "0.1", "--degrade", "int4,ffn10"], "--ema"),
+        ([*m, "--degrade", copy_with("shallow", edit_config(num_hidden_layers=1))], "layers"),
         ([*m, "--ema", "1"], "--ema"),
         ([*m, "--ema", "0.1", "--degrade", "ffn50"], "--ema"),
         ([*m, "--cka-weight", "1", "--teacher", copy_with("deep", edit_config(num_hidden_layers=1))], "layers"),

@@ -198,17 +198,17 @@ def check_damage(config, damage, group_size):
 def damage_(student, damage, sequences, importance, group_size, symmetric, double):
     """Remove neurons, then mask weights, then quantize, in place; what was done, in numbers.
 
-    sequences(): ids that activations are taken from, read only if needed; importance: of neurons, activation or weight; the rest
+    sequences: ids that activations are taken from, if they are needed; importance: of neurons, activation or weight; the rest
     is quantize_'s.
     """
     found, done, multiple = parse_damage(damage), {}, check_damage(student.config, damage, group_size)
     if "ffn" in found:
-        norms = input_norms(student, sequences()) if importance == "activation" else None
+        norms = input_norms(student, sequences) if importance == "activation" else None
         done["neurons"] = student.config.d_ff * student.config.n_layer
         done["neurons_removed"] = prune_ffn_(student, int(found["ffn"]["fraction"] or 10) / 100, norms, multiple)
     if "mask" in found:
         mask = found["mask"]
-        norms = input_norms(student, sequences()) if mask["mask"] == "wanda" else None
+        norms = input_norms(student, sequences) if mask["mask"] == "wanda" else None
         n, m = (int(mask["n"]), int(mask["m"])) if mask["m"] else (None, None)
         done["weights_held_at_zero"] = prune_(student, mask["mask"], int(mask["sparsity"] or 30) / 100, n, m, norms)
     if "grid" in found:

@@ -140,7 +140,7 @@ class Run:
     student: GPT        # to be damaged: an ordinary model
     stages: list        # of Stage, up to the damage
     recoveries: list    # of Stage, each of which starts from the damage
-    calibration: object  # () -> ids that activations are taken from
+    calibration: list   # of ids that activations are taken from, where any are
     sequences: dict     # task -> ids that CKA is measured on
     splits: dict        # metric name -> list of Example
     windows: dict       # metric name -> lists of ids, for perplexity
@@ -200,6 +200,30 @@ def prepare(c):
     with parallel.first():
         folder = Path(c.model) if c.model else fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
+    models, student = read_models(c, folder, start, damage, tokenizer, text[:4000])
+    stages, recoveries = plan(c, start, damage, tokenizer, tasks, forgetting)
+
+    measured = {t.name: t for t in [*tasks, *forgetting, *further]}
+    splits = {f"{t.name}_{name}": evaluate.spread(es, c.eval_limit) for t in measured.values() for name, es in t.eval.items()}
+    texts = {"perplexity": text} | {f"perplexity_{Path(t).stem}": data.read_text(t) for t in c.eval.split(",") if is_text(t)}
+    context = min(m.config.context_length for m in [student, *models.values()])
+    windows = {metric: data.text_windows(tokenizer, text, length=min(256, context)) for metric, text in texts.items()}
+    calibration = calibration_sequences(c, tokenizer, tasks) if "ffn" in damage or "wanda" in damage or c.stop_after else []
+    sequences = evaluate.cka_sequences(c, tokenizer, [*tasks, *forgetting], windows["perplexity"])
+    check_prompts(c, [*stages, *recoveries], splits, [*sequences.values(), calibration], tokenizer, context)
+    facts = {"model": str(folder), "parameters": sum(p.numel() for p in student.parameters()), "damage": {},
+             "data_sha256": sha256(repr([[(e.prompt, e.response) for e in t.train] for t in tasks])),
+             "eval_sha256": sha256(repr([[(e.prompt, e.response) for e in es] for es in splits.values()])),
+             "eval_examples": {name: len(es) for name, es in splits.items()},
+             "text_sha256": sha256(text), "text_tokens": sum(map(len, windows["perplexity"])),
+             "text_window": len(windows["perplexity"][0]), "context_length": student.config.context_length}
+    if parallel.rank() == 0:
+        prepare_out(Path(c.out))
+    return Run(c, folder, tokenizer, models, student, stages, recoveries, calibration, sequences, splits, windows, facts)
+
+
+def read_models(c, folder, start, damage, tokenizer, text):
+    """Who can teach, by name, and the student, not yet damaged by us; ValueError where they do not go together."""
     dtype = getattr(torch, c.dtype)
     student = GPT.from_pretrained(folder, dtype if c.train == "lora" else torch.float32, c.device)
     models = {"base": frozen_copy(student, dtype)}
@@ -207,8 +231,8 @@ def prepare(c):
     for name in sorted(folders):
         models[name] = GPT.from_pretrained(name, dtype, c.device).eval().requires_grad_(False)
     for name in sorted(folders | {start} - {"", "forget"}):
-        other, chat = data.load_tokenizer(name), [{"role": "user", "content": text[:4000]}]
-        if other.encode(text[:4000]) != tokenizer.encode(text[:4000]) or other.chat(chat) != tokenizer.chat(chat):
+        other, chat = data.load_tokenizer(name), [{"role": "user", "content": text}]
+        if other.encode(text) != tokenizer.encode(text) or other.chat(chat) != tokenizer.chat(chat):
             raise ValueError(f"{name}: its tokenizer must be that of the healthy model, {folder}")
     if start not in ("", "forget"):
         if c.bootstrap:
@@ -223,7 +247,11 @@ def prepare(c):
             raise ValueError(f"--ema: a teacher can only follow a student of its own shape, and {name} is of another")
         if c.cka_weight and theirs.n_layer != student.config.n_layer:
             raise ValueError(f"--cka-weight: {name} has {theirs.n_layer} layers and the student {student.config.n_layer}")
+    return models, student
 
+
+def plan(c, start, damage, tokenizer, tasks, forgetting):
+    """The stages up to the damage, and the recoveries from it."""
     def prompts(tasks, steps, order, both=False):
         """Batches of sdft.Prompt; both: the student sees the demonstration too."""
         return [[sdft.Prompt(data.teacher_prompt(tokenizer, e, both, c.text_tokens),
@@ -232,46 +260,23 @@ def prepare(c):
                 for batch in data.batches(tasks, steps, c.batch_size, order)]
 
     stages, degraded = [Stage("healthy")], Stage("degraded", damage=damage)
-    if start == "forget" or c.bootstrap:
-        how, teacher = ("kd", c.bootstrap) if c.bootstrap else ("sdft", "base")
-        first = prompts(tasks, c.expert_steps, f"expert {c.seed}", both=bool(c.bootstrap))
-        loss = "reverse_kl" if c.bootstrap else ""  # Fig. 7 writes KL(3B || 7B)
-        stages = [Stage("base"), Stage("healthy", how, teacher, first, c.lr, loss=loss)]
+    if c.bootstrap:  # Fig. 7 writes KL(3B || 7B)
+        first = prompts(tasks, c.expert_steps, f"expert {c.seed}", both=True)
+        stages = [Stage("base"), Stage("healthy", "kd", c.bootstrap, first, c.lr, loss="reverse_kl")]
+    elif start == "forget":
+        stages = [Stage("base"), Stage("healthy", "sdft", "base", prompts(tasks, c.expert_steps, f"expert {c.seed}"), c.lr)]
     if start == "forget":
         degraded = Stage("degraded", "sft", "", prompts(forgetting, c.forget_steps, f"forget {c.seed}"), c.forget_lr, damage)
-    if start or damage:
-        stages += [degraded]
-    batches = prompts(tasks, c.steps, c.seed)
-    recoveries = []
+    stages += [degraded] if start or damage else []
+    batches, recoveries = prompts(tasks, c.steps, c.seed), []
     for how in c.recover.split(","):
         for i, teacher in enumerate(c.teacher.split(",") if how in ("sdft", "kd") else [""]):
-            name = [how] * ("," in c.recover) + [teacher if teacher in models and teacher not in folders or teacher == "healthy"
-                                                 else f"teacher{i + 1}"] * ("," in c.teacher and teacher != "")
-            recoveries.append(Stage("_".join(["recovered", *name]), how, teacher, batches, c.lr))
+            who = teacher if teacher in ("", "base", "healthy") else f"teacher{i + 1}"
+            name = ["recovered"] + [how] * ("," in c.recover) + [who] * ("," in c.teacher and who != "")
+            recoveries.append(Stage("_".join(name), how, teacher, batches, c.lr))
     if len({stage.name for stage in recoveries}) < len(recoveries):
         raise ValueError("--recover and --teacher must not name anything twice")
-
-    measured = {t.name: t for t in [*tasks, *forgetting, *further]}
-    splits = {f"{t.name}_{name}": evaluate.spread(es, c.eval_limit) for t in measured.values() for name, es in t.eval.items()}
-    texts = {"perplexity": text} | {f"perplexity_{Path(t).stem}": data.read_text(t) for t in c.eval.split(",") if is_text(t)}
-    windows = {metric: data.text_windows(tokenizer, text, length=min(256, student.config.context_length))
-               for metric, text in texts.items()}
-    sequences = evaluate.cka_sequences(c, tokenizer, [*tasks, *forgetting], windows["perplexity"])
-    if "ffn" in damage or "wanda" in damage or c.stop_after:
-        sequences = sequences | {"": calibration_sequences(c, tokenizer, tasks)}
-    check_prompts(c, [*stages, *recoveries], splits, sequences, tokenizer, min(m.config.context_length for m in models.values()))
-    sequences.pop("", None)
-    facts = {"model": str(folder), "parameters": sum(p.numel() for p in student.parameters()), "damage": {},
-             "data_sha256": sha256(repr([[(e.prompt, e.response) for e in t.train] for t in tasks])),
-             "eval_sha256": sha256(repr([[(e.prompt, e.response) for e in es] for es in splits.values()])),
-             "eval_examples": {name: len(es) for name, es in splits.items()},
-             "text_sha256": sha256(text), "text_tokens": sum(map(len, windows["perplexity"])),
-             "text_window": len(windows["perplexity"][0]),
-             "context_length": student.config.context_length}
-    if parallel.rank() == 0:
-        prepare_out(Path(c.out))
-    return Run(c, folder, tokenizer, models, student, stages, recoveries, lambda: calibration_sequences(c, tokenizer, tasks),
-               sequences, splits, windows, facts)
+    return stages, recoveries
 
 
 def is_text(name):
@@ -293,7 +298,7 @@ def split_damage(text):
 
 def check_prompts(c, stages, splits, sequences, tokenizer, context_length):
     """ValueError for prompts that do not fit the context with their answers, or have no expert's answer where one is learned."""
-    longest = [len(ids) for group in sequences.values() for ids in group]
+    longest = [len(ids) for group in sequences for ids in group]
     for stage in stages:
         for p in (p for batch in stage.batches for p in batch):
             if stage.how in ("kd", "sft") and not p.answer:
@@ -360,8 +365,7 @@ def execute(run):
         run.student = go(run.student, stage)
     stages.setdefault("degraded", stages["healthy"])  # --degrade none
     for i, stage in enumerate(run.recoveries):
-        last = i + 1 == len(run.recoveries)
-        students[stage.name] = go(run.student if last else copy.deepcopy(run.student), stage)
+        students[stage.name] = go(copy.deepcopy(run.student) if run.recoveries[i + 1:] else run.student, stage)
 
     fractions = {stage.name: {m: evaluate.recovered_fraction(stages["healthy"], stages["degraded"], stages[stage.name], m)
                               for m in stages["healthy"].items} for stage in run.recoveries}
@@ -409,7 +413,7 @@ def teach_(run, student, stage):
                         log=lambda line: print(json.dumps({"stage": stage.name, **line}), file=file, flush=True))
         watch = None
         if c.stop_after and stage in run.recoveries:
-            watch = settings["after_step"] = evaluate.Watch(student, run.models["healthy"], run.calibration(), c.stop_after)
+            watch = settings["after_step"] = evaluate.Watch(student, run.models["healthy"], run.calibration, c.stop_after)
         if stage.how == "sft":
             sdft.sft(student, stage.batches, **settings)
         else:

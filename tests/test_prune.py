@@ -213,5 +213,5 @@ def test_neurons_kept_fit_the_groups_of_what_comes_after():
     with pytest.raises(ValueError, match="group_size 16 does not divide the 100 inputs"):
         prune.check_damage(config, "int4", 16)
     model = GPT(GPTConfig(vocab_size=16, n_layer=1, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=100, context_length=8))
-    done = prune.damage_(model, "ffn10,wanda2:4,int4", lambda: [[1, 2, 3]], "activation", 16, True, False)
+    done = prune.damage_(model, "ffn10,wanda2:4,int4", [[1, 2, 3]], "activation", 16, True, False)
     assert done["neurons_removed"] == 4 and model.layers[0].mlp.down_proj.weight.shape == (32, 96)

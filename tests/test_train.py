@@ -203,8 +203,8 @@ def test_future_work_of_section_6(folder, tmp_path):
     lines = (tmp_path / "stop" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) in range(10, 40, 5)
 
-    run = train.prepare(train.parse(["--model", str(folder), "--out", str(tmp_path / "watch"), *QUICK]))
-    healthy, sequences = run.models["base"], run.calibration()
+    run = train.prepare(train.parse(["--model", str(folder), "--out", str(tmp_path / "watch"), "--stop-after", "2", *QUICK]))
+    healthy, sequences = run.models["base"], run.calibration
     student = train.trainable_(run.config, run.student, healthy)
     watch = train.evaluate.Watch(student, healthy, sequences, 2, every=2)
     answers, w = [], student.layers[0].mlp.up_proj.parametrizations.weight.original
@@ -227,7 +227,7 @@ def test_text_files_to_measure_only(folder, tmp_path):
 def test_what_is_not_trained_is_held_once(folder, tmp_path):
     def shared(*options):
         run = train.prepare(train.parse(["--model", str(folder), "--out", str(tmp_path), *QUICK, *options]))
-        train.prune.damage_(run.student, run.config.degrade, run.calibration, "weight", 16, True, False)
+        train.prune.damage_(run.student, run.config.degrade, [], "weight", 16, True, False)
         student = train.trainable_(run.config, run.student, run.models["base"])
         theirs = {p.data_ptr() for p in run.models["base"].parameters()}
         return [name for name, p in student.named_parameters() if p.data_ptr() in theirs], student

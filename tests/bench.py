@@ -88,7 +88,7 @@ def ours(o):
 
     states = sdft.completion_states
     scored = timed("teacher", states)
-    sdft.completion_states = lambda model, *rest: (scored if model is teacher else states)(model, *rest)
+    sdft.completion_states = lambda model, *rest, **more: (scored if model is teacher else states)(model, *rest, **more)
     teacher.head = timed("teacher", teacher.head)
     quant.FakeQuantize.forward = timed("quantize", quant.FakeQuantize.forward)
     for kind in (torch.optim.AdamW, sdft.CompactAdamW):

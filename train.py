@@ -54,8 +54,8 @@ class Config:
                           "of the weights held at zero), magnitude2:4, wanda2:4, int2 … int8, nf4; before these: forget (an "
                           "expert on --data is made, then fine-tuned on --forget-data), or a damaged model's folder; or none")
     forget_data: str = option("tooluse", "forget: what the expert is fine-tuned on, for --forget-steps at --forget-lr")
-    forget_steps: int = option(10, "steps of that")
-    forget_lr: float = option(1e-4, "its peak learning rate")
+    forget_steps: int = option(20, "steps of that")
+    forget_lr: float = option(3e-4, "its peak learning rate")
     expert_steps: int = option(25, "steps that make the healthy model, where forget or --bootstrap does")
     bootstrap: str = option("", "folder of a larger model that first teaches the healthy one, off-policy (§5.3)")
     importance: str = option("activation", "what ffn removes least of", choices=["activation", "weight"])

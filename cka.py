@@ -109,18 +109,18 @@ def token_level(a, b):
 
 def sample_level(a, b):
     """§5.4: one vector per sequence, at its last token (the paper does not say which), each dimension z-scored."""
-    x, y = (torch.stack([h[:, -1] for h in states], dim=1).double() for states in (a, b))  # [n_layer, n, D]
-    return {kind: value.tolist() for kind, value in _all_kinds(_z_score(x), _z_score(y)).items()}
+    return {kind: value.tolist() for kind, value in _all_kinds(_samples(a), _samples(b)).items()}
 
 
 def between_layers(a, b):
     """Debiased linear CKA of every layer of a with every layer of b, as `sample_level` -> [n_layer of a][n_layer of b]."""
-    x, y = (_z_score(torch.stack([h[:, -1] for h in states], dim=1).double()) for states in (a, b))
-    k, l = (_u_center(z @ z.mT).flatten(1) for z in (x, y))  # [n_layer, n n]
+    k, l = (_u_center(x @ x.mT).flatten(1) for x in (_samples(a), _samples(b)))  # [n_layer, n n]
     return ((k @ l.mT) / (k.norm(dim=1)[:, None] * l.norm(dim=1))).tolist()
 
 
-def _z_score(x):
+def _samples(states):
+    """The last token of each sequence, every dimension z-scored: [n_layer, n, D]."""
+    x = torch.stack([h[:, -1] for h in states], dim=1).double()
     return (x - x.mean(-2, keepdim=True)) / x.std(-2, keepdim=True).clamp(min=1e-12)
 
 

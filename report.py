@@ -95,21 +95,21 @@ def _title(metric):
 # ---------------------------------------------------------------------------------------------------------------------
 # Many runs
 
+LAYERS = {"last": lambda v: v[-1], "mean": lambda v: sum(v) / len(v)}  # of a model's CKA, one value a layer
 IGNORED = {"seed", "out", "report", "device", "dtype", "micro_batch", "eval"}  # of the options, in a run's name
 
 
 def read_runs(paths, defaults):
-    """The results under these folders, as (name, suffix, results): name is the run's options that are not defaults.
+    """The results under these folders as (name, stage, results): the run's options that are not defaults; a stage of recovery.
 
     A run with several recoveries counts as several. ValueError for a folder without any, or a file that is none.
     """
     runs, seen = [], set()
     for path in paths:
-        files = sorted({file.resolve() for file in Path(path).rglob("results.json")} - seen)
-        seen |= set(files)
-        if not files and not seen:
+        files = {file.resolve() for file in Path(path).rglob("results.json")}
+        if not files:
             raise ValueError(f"--report {path}: no results.json in it")
-        for file in files:
+        for file in sorted(files - seen):
             try:
                 results = json.loads(file.read_text(encoding="utf-8"))
                 stages = [stage for stage in results["stages"] if stage.startswith("recovered")]
@@ -117,6 +117,7 @@ def read_runs(paths, defaults):
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}: not the results of a run ({type(error).__name__}: {error})") from None
             runs += [(" ".join([name, *stage.split("_", 1)[1:]]), stage, results) for stage in stages]
+        seen |= files
     return runs
 
 
@@ -167,7 +168,7 @@ def cka_table(runs, kinds=("linear", "linear_debiased")):
         for level in group[0][1]["cka"]:
             for kind in kinds:
                 cells = []
-                for layers in (lambda v: v[-1], lambda v: sum(v) / len(v)):
+                for layers in LAYERS.values():
                     for stage in ("degraded", ""):
                         found = [r["cka"].get(level, {}).get(stage or own) for own, r in group]
                         cells.append(mean_and_error([layers(f[kind]) for f in found if f], 3))
@@ -196,9 +197,6 @@ def points(runs, stages=("degraded", "recovered")):
             if cka and not nobody_taught:
                 found.setdefault((stage, which), (stage, results["stages"][key], cka, results["config"]["degrade"]))
     return list(found.values())
-
-
-LAYERS = {"last": lambda v: v[-1], "mean": lambda v: sum(v) / len(v)}
 
 
 def correlation_table(runs):
@@ -265,8 +263,7 @@ def draw_runs(runs, out):
     if pyplot is None:
         return
     groups = list(_groups(runs))
-    metrics = list(groups[0][1][0][1]["stages"]["healthy"])
-    metrics = [m for m in metrics if all(m in r["stages"]["healthy"] for _, _, r in runs)]
+    metrics = [m for m in runs[0][2]["stages"]["healthy"] if all(m in r["stages"]["healthy"] for _, _, r in runs)]
     columns = max(2, len(metrics))
     figure, axes = pyplot.subplots(2, columns, figsize=(5.5 * columns, 9), layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], metrics):

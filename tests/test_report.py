@@ -83,6 +83,8 @@ def test_report_prints_tables_and_draws(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| science_phrasing % |" in printed and " sft` |" in printed and "CKA over" in printed
     assert (tmp_path / "drawn" / "report.png").stat().st_size > 10_000
+    assert train.main(["--report", str(tmp_path / "runs"), str(tmp_path / "drawn")]) == 2  # nothing in the second
+    assert "drawn: no results.json" in capsys.readouterr().err
     (tmp_path / "runs" / "0" / "results.json").write_text("{}")
     assert train.main(["--report", str(tmp_path / "runs")]) == 2
     assert "not the results of a run" in capsys.readouterr().err

@@ -58,6 +58,7 @@ def ours(o):
 
     import data
     import fetch
+    import parallel
     import quant
     import sdft
     from model import GPT, generate
@@ -65,6 +66,7 @@ def ours(o):
 
     if o.dtype == "auto":
         o.dtype = "bfloat16" if bfloat16_is_fast("cpu") else "float32"
+    parallel.keep_freed_memory()
     folder = o.model or fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
     student = GPT.from_pretrained(folder)

@@ -4,7 +4,7 @@
     python tests/experiments.py table2 baselines sweep         # several, one run after the other
     python tests/experiments.py table4 --steps 50 --model DIR  # further options go to every run of train.py
 
-Each run is `python train.py OPTIONS --seed S --out runs/EXPERIMENT/NUMBER-S`, with S = 0, 1, 2 (and
+Each run is `python train.py OPTIONS --seed S --out runs/EXPERIMENT/NUMBER-S`, with S = 0, 1, 2 or those of --seeds (and
 the further options in EXPERIMENT). What came of them is printed, and
 drawn into runs/EXPERIMENT/report.png, by `python train.py --report runs/EXPERIMENT`. The students are not kept.
 """
@@ -34,11 +34,13 @@ EXPERIMENTS = {  # name -> (options of each run, seeds)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", choices=list(EXPERIMENTS))
+    parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), help="instead of the experiment's own")
     chosen, further = parser.parse_known_args()
     if "table5" in chosen.experiments and "--model" in further:
         sys.exit("error: table5 makes its own small model of the default one; for others see --bootstrap of train.py")
     for experiment in chosen.experiments:
         runs, seeds = EXPERIMENTS[experiment]
+        seeds = chosen.seeds or seeds
         experiment = "".join([experiment, *further]).replace("/", "-")
         if experiment.startswith("table5"):
             run("--degrade ffn30 --recover none --eval-limit 1", Path("runs/small"), [], keep=True)

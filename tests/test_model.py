@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import model as model_file
-from model import GPT, GPTConfig, KVCache, exact_weight, generate, sample
+from model import GPT, GPTConfig, KVCache, blocked_weights, exact_weight, generate, sample
 from quant import bake_, compute_in_, quantize_
 
 VOCAB, CONTEXT, LAYERS = 97, 64, 3
@@ -345,6 +345,19 @@ def test_greedy_equals_a_loop_of_full_forwards(pair, prompts):
     expected = [slow_greedy(pair[1], prompt, 10) for prompt in prompts]
     assert generate(pair[1], prompts, 10, temperature=0) == expected
     assert generate(pair[1], prompts, 10, temperature=0, batch_size=2) == expected
+
+
+@torch.no_grad()
+def test_weights_laid_out_for_decoding_give_the_same_logits(pair):
+    model, ids = pair[1], torch.tensor(random_rows(9, 9))
+    plain, entrance = model(ids), model.layers[0].self_attn.q_proj
+    with blocked_weights(model, 2):
+        if torch.backends.mkldnn.is_available():
+            assert len(entrance(torch.zeros(1, 1, model.config.d_model)).flatten()) == sum(  # q, k and v in one product
+                linear.out_features for linear in (entrance, model.layers[0].self_attn.k_proj, model.layers[0].self_attn.v_proj))
+        torch.testing.assert_close(model(ids), plain, rtol=0, atol=1e-5)
+    assert entrance.blocked is None and model.blocked is None
+    torch.testing.assert_close(model(ids), plain, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("prompts", [RAGGED, SHARED], ids=["ragged", "shared"])

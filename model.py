@@ -107,7 +107,7 @@ class KVCache:
 
 
 def apply_rope(x, cos, sin):
-    """Rotate pairs (i, i + K/2) of x [B, T, heads, K] by their positions' angles; cos, sin [B or 1, T, 1, K], as `_rope` has them."""
+    """Rotate pairs (i, i + K/2) of x [B, T, heads, K] by their positions' angles; cos, sin [B or 1, T, 1, K] of `_rope`."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -154,8 +154,8 @@ def together(x, *linears):
 def blocked_weights(model, rows):
     """While about `rows` sequences are decoded on a CPU, linears and head use copies of their weights in oneDNN's blocked layout.
 
-    A decoding step multiplies every weight by a few rows. From the copies, those of one input side by side, that takes half to four
-    fifths of the time; making them takes as long as three steps. The results are the same up to rounding.
+    A decoding step multiplies every weight by a few rows. From the copies, those of one input side by side, that takes half to
+    four fifths of the time; making them takes as long as three steps. The results are the same up to rounding.
     """
     sets, dtype = [], model.norm.weight.dtype
     fast = torch.backends.mkldnn.is_available() and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -331,7 +331,7 @@ class GPT(nn.Module):
         return (x, states) if hidden else x
 
     def _rope(self, positions, dtype):
-        """(cos, cos) and (-sin, sin) [B or 1, T, 1, K] of the K/2 angles position * theta^(-2i/K), in float32 until the last moment."""
+        """(cos, cos), (-sin, sin) [B or 1, T, 1, K] of the angles position * theta^(-2i/K), in float32 until the last moment."""
         if self.config.model_type == "gpt2":
             return None
         half = torch.arange(0, self.config.head_dim, 2, device=positions.device).float()

@@ -26,7 +26,7 @@ class PeerLost(Exception):
 
 
 def keep_freed_memory():
-    """Tell glibc, where it is, to keep freed blocks for the next tensor: fetched anew from the system, every page costs a fault."""
+    """Tell glibc, where it is, to keep freed blocks for the next tensor: from the system every page anew costs a fault."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: no block of its own for anything smaller

@@ -19,8 +19,8 @@ LEVELS = ["int8", "int4", "int4 --group-size 0", "int3", "int3 --group-size 32",
           "ffn20", "ffn30", "ffn50", "magnitude10", "magnitude20", "magnitude30", "magnitude50", "wanda10", "wanda30", "wanda50",
           "wanda70", "wanda2:4", "ffn10,nf4", "wanda30,int4"]
 WAYS = "--recover sdft,kd,sft"
-VARIANTS = ["--loss forward_kl", "--loss reverse_kl", "--loss jsd", "--no-demo", "--lr 5e-5", "--lr 2e-4", "--train lora --lr 1e-3",
-            "--ema 0.01", "--cka-weight 1", "--cka-weight 1 --cka-balance", "--stop-after 1"]
+VARIANTS = ["--loss forward_kl", "--loss reverse_kl", "--loss jsd", "--no-demo", "--lr 5e-5", "--lr 2e-4",
+            "--train lora --lr 1e-3", "--ema 0.01", "--cka-weight 1", "--cka-weight 1 --cka-balance", "--stop-after 1"]
 SMALL = "runs/small/student"  # of Table 5: the default model without three tenths of its neurons
 
 EXPERIMENTS = {  # name -> (options of each run, seeds)

@@ -515,7 +515,7 @@ def sample(logits, temperature, top_p=1.0, u=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = torch.softmax(logits.float() / temperature if temperature != 1 else logits, -1, dtype=torch.float32)
+    p = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True)
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)

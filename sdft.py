@@ -151,7 +151,7 @@ def accumulate(student, states, teacher_logits, loss, share, chunk=128, also=Non
     """
     x, w, total = states.detach(), student.head_weight, torch.zeros(2)
     wanted = [states, w] if w.requires_grad else [states]
-    grad_x, grad_w = torch.empty_like(x), torch.empty_like(w) if w.requires_grad else None
+    grad_x, grad_w = torch.empty_like(x), torch.zeros_like(w) if w.requires_grad else None
     chunk = min(chunk, math.ceil(len(x) / 3))
     with torch.no_grad():
         blocks = x.new_empty(3, chunk, len(w), dtype=torch.float32)
@@ -168,8 +168,7 @@ def accumulate(student, states, teacher_logits, loss, share, chunk=128, also=Non
             g = g.mul_(share).to(x.dtype)
             grad_x[rows] = g @ w[:v]
             if w.requires_grad:
-                grad_w[:v].addmm_(g.mT, x[rows], beta=float(rows.start > 0))  # the first overwrites what was there
-                grad_w[v:] = 0
+                grad_w[:v].addmm_(g.mT, x[rows])
     gradients = [grad_x, grad_w][:len(wanted)]
     if also:
         term, worth = also(total[0])

@@ -5,8 +5,8 @@
     python tests/experiments.py table4 --steps 50 --model DIR  # further options go to every run of train.py
 
 Each run is `python train.py OPTIONS --seed S --out runs/EXPERIMENT/NUMBER-S`, with S = 0, 1, 2 or those of --seeds (and
-the further options in EXPERIMENT). What came of them is printed, and
-drawn into runs/EXPERIMENT/report.png, by `python train.py --report runs/EXPERIMENT`. The students are not kept.
+the further options in EXPERIMENT). What came of them is printed, and drawn into runs/EXPERIMENT/report.png, by
+`python train.py --report runs/EXPERIMENT`. The students are not kept.
 """
 import argparse
 import shutil

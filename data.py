@@ -275,9 +275,9 @@ def _normal(text):
 
 
 def read_text(path):
-    """The text of a UTF-8 file. ValueError if it is empty or not UTF-8."""
+    """The text of a UTF-8 file, without a byte-order mark. ValueError if it is empty or not UTF-8."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None
     if not text.strip():

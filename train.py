@@ -331,8 +331,7 @@ def sha256(text):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The job
+# ------------------------------------------------------------------------------------------------------------- The job
 
 def execute(run):
     """Go through the stages; returns results.json's content, the Measurements, and the recovered students, by stage."""
@@ -499,8 +498,9 @@ def main(argv=None):
                 save(run, results, students)
     except OSError as error:
         return complain(error, 2)
-    except parallel.PeerLost:
-        return complain(f"another process of this run has died; {config.out}/results.json and student/ were not written", 1)
+    except (parallel.PeerLost, KeyboardInterrupt) as stopped:
+        why = "interrupted" if isinstance(stopped, KeyboardInterrupt) else "another process of this run has died"
+        return complain(f"{why}; {config.out}/results.json and student/ were not written", 1)
     if parallel.rank() == 0:
         print(report.text(results, {name: m.answers for name, m in stages.items()}))
         steps = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]

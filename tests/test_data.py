@@ -589,6 +589,14 @@ def test_only_newlines_end_a_jsonl_line(tmp_path):
     assert prompts([*task.train, *task.eval["held_out"]]) == prompts([Example(row["prompt"]) for row in [*odd, GOOD]])
 
 
+def test_a_byte_order_mark_is_not_part_of_a_file(tmp_path):
+    """Some editors on Windows put one first."""
+    path = Path(jsonl(tmp_path / "bom.jsonl", GOOD, {**GOOD, "prompt": "another"}))
+    without = load_task(str(path))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert prompts(load_task(str(path)).train) == prompts(without.train)
+
+
 def test_one_row_is_too_few_to_train_on(tmp_path):
     """It cannot be both trained on and held out: an error, rather than a task whose batches never come."""
     path = jsonl(tmp_path / "one.jsonl", GOOD)

@@ -1,4 +1,4 @@
-"""Two processes on one CPU, started by torchrun: the same numbers as one process, and what happens when one dies."""
+"""Two processes on one CPU, started by torchrun: the same numbers as one process, and what happens when a run is ended early."""
 import json
 import os
 import signal
@@ -54,23 +54,28 @@ def test_two_processes_give_the_numbers_of_one(options, folder, tmp_path):
             "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_run_with_one_line_and_no_results(victim, folder, tmp_path):
+@pytest.mark.parametrize("launcher, victim, message", [
+    (TORCHRUN, 0, "another process of this run has died"), (TORCHRUN, 1, "another process of this run has died"),
+    ([sys.executable], None, "interrupted")], ids=["0 killed", "1 killed", "ctrl-c"])
+def test_a_run_that_is_ended_early_says_so_in_one_line_and_leaves_no_results(launcher, victim, message, folder, tmp_path):
     out = tmp_path / "out"
-    command = [*TORCHRUN, *QUICK, "--model", str(folder), "--steps", "3000", "--out", str(out)]
+    command = [*launcher, *QUICK, "--model", str(folder), "--steps", "3000", "--out", str(out)]
     started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
             assert started.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
-        os.kill(children(started.pid)[victim], signal.SIGKILL)
+        if victim is None:
+            started.send_signal(signal.SIGINT)
+        else:
+            os.kill(children(started.pid)[victim], signal.SIGKILL)
         error = started.communicate(timeout=60)[1]
     finally:
         started.kill()
     assert started.returncode != 0
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "another process of this run has died" in lines[0]
+    assert len(lines) == 1 and message in lines[0] and (launcher is TORCHRUN or "Traceback" not in error)
     assert [p.name for p in out.iterdir()] == ["metrics.jsonl"]
 
 

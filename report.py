@@ -247,8 +247,11 @@ def spearman(x, y):
 def interval(x, y, damages, statistic, samples=1000):
     """'r [low, high]': the statistic and its 95 % percentile bootstrap interval (seed 0).
 
-    Whole damages are drawn, with all their points: the seeds of one are not independent.
+    Whole damages are drawn, with all their points: the seeds of one are not independent. Fewer than 5 damages tell nothing of
+    an interval, and get none.
     """
+    if len(set(damages)) < 5:
+        return f"{statistic(x, y):.2f}"
     rng, damages = np.random.default_rng(0), np.array(damages)
     members = [np.flatnonzero(damages == d) for d in sorted(set(damages))]
     drawn = [np.concatenate([members[j] for j in rng.integers(len(members), size=len(members))]) for _ in range(samples)]

@@ -53,6 +53,7 @@ def test_correlations_by_hand(tmp_path):
     assert report.pearson(x, x ** 3) < 0.999
     assert math.isnan(report.pearson(x, np.ones(5)))
     assert report.interval(x, 2 * x, list("abcde"), report.pearson) == "1.00 [1.00, 1.00]"
+    assert report.interval(x, 2 * x, list("abcda"), report.pearson) == "1.00"  # 4 damages
     noise = np.random.default_rng(1).normal(size=(2, 8))
     narrow = report.interval(*np.repeat(noise, 4, axis=1), [str(i) for i in range(32)], report.pearson)
     clustered = report.interval(*np.repeat(noise, 4, axis=1), [str(i // 4) for i in range(32)], report.pearson)

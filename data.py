@@ -248,6 +248,8 @@ def _example(row, where):
     try:
         if not isinstance(row.get("prompt", ""), str) or not isinstance(row.get("answer", 0), int) or row.get("answer", 0) < 0:
             raise TypeError
+        if not all(isinstance(context, str) for context in row.get("contexts", [])):
+            raise TypeError
         if "response" in row:
             return Example(row["prompt"], row["response"], same_answer(row["response"]))
         if "choices" in row:

@@ -24,7 +24,9 @@ class Measurement:
     def value(self, metric):
         """Perplexity, or accuracy in percent."""
         mean = self.items[metric].mean().item()
-        return math.exp(mean) if metric.startswith("perplexity") else 100 * mean
+        if metric.startswith("perplexity"):
+            return math.exp(mean) if mean < 700 else math.inf  # a model that training broke
+        return 100 * mean
 
 
 @torch.no_grad()
@@ -90,14 +92,22 @@ def answer(model, tokenizer, examples, max_new_tokens):
 
 
 def best_choice(model, tokenizer, example):
-    """Index of the likeliest (context, continuation) pair; different continuations are compared per character."""
+    """Index of the likeliest (context, continuation) pair."""
+    scores = choice_scores(model, tokenizer, example)
+    return scores.index(max(scores))
+
+
+def choice_scores(model, tokenizer, example):
+    """Log-likelihood of each continuation after its context, per character, as they may differ in length.
+
+    The end-of-text token stands for a context that is empty: the first token, too, needs one that predicts it.
+    """
     contexts, continuations = zip(*example.choices)
     targets = [tokenizer.encode(t) for t in continuations]
-    states = sdft.completion_states(model, [tokenizer.encode(t) for t in contexts], targets)
+    states = sdft.completion_states(model, [tokenizer.encode(t) or [tokenizer.eos_id] for t in contexts], targets)
     logp = F.log_softmax(model.head(states).float(), -1)
     logp = logp[torch.arange(len(logp)), [i for t in targets for i in t]].split([len(t) for t in targets])
-    scores = [p.sum().item() / len(text) for p, text in zip(logp, continuations)]
-    return scores.index(max(scores))
+    return [p.sum().item() / len(text) for p, text in zip(logp, continuations)]
 
 
 def nats(model, windows):

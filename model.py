@@ -349,10 +349,10 @@ class GPT(nn.Module):
         path = Path(folder)
         try:
             config = GPTConfig.from_hf(json.loads(_existing(path / "config.json").read_text()))
-        except (KeyError, ValueError) as error:
+            with torch.device("meta"):
+                model = cls(config)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}/config.json: {'no entry ' * isinstance(error, KeyError)}{error}") from None
-        with torch.device("meta"):
-            model = cls(config)
         tensors = _read_safetensors(path)
         state = {}
         for name, p in model.named_parameters():

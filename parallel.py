@@ -7,10 +7,8 @@ torchrun starts the processes and tells each its number; without it there is one
 the same files and take the same steps. Rollouts, the batch, and what is measured are shared out; process 0 alone writes.
 """
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 
 import torch
 import torch.distributed as dist
@@ -18,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+import machine
 from model import GPT, exact_weight
 
 
@@ -25,18 +24,10 @@ class PeerLost(Exception):
     """Another process of the run has died, so that this one cannot go on."""
 
 
-def keep_freed_memory():
-    """Tell glibc, where it is, to keep freed blocks for the next tensor: from the system every page anew costs a fault."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: no block of its own for anything smaller
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give nothing back before so much is free
-
-
 def start(device):
     """Join the others, if there are any; returns this process's own device."""
     global store
-    keep_freed_memory()
+    machine.keep_freed_memory()
     if "WORLD_SIZE" not in os.environ:
         return device
     cuda = device.startswith("cuda") and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count()

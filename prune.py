@@ -139,7 +139,7 @@ def prune_ffn_(model, fraction, norms=None, multiple=1):
 
 def neurons_kept(neurons, fraction, multiple=1):
     """How many are left, without `fraction` of them: the nearest multiple (of a group of what comes after), at least one."""
-    return max(1, round((neurons - round(fraction * neurons)) / multiple)) * multiple
+    return min(max(1, round((neurons - round(fraction * neurons)) / multiple)), neurons // multiple) * multiple
 
 
 def _part(linear, kept, dim):
@@ -188,6 +188,8 @@ def check_damage(config, damage, group_size):
     if "grid" in found and found["grid"][0] != "nf4" and group_size:
         sizes[f"group_size {group_size} does"] = group_size
     multiple = math.lcm(*sizes.values())
+    if "ffn" in found and multiple > config.d_ff:
+        raise ValueError(f"--degrade: groups of {multiple} cannot be made of a block's {config.d_ff} neurons")
     for name, size in sizes.items():
         for inputs in (config.d_model, config.n_head * config.head_dim, multiple if "ffn" in found else config.d_ff):
             if inputs % size:

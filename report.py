@@ -46,8 +46,9 @@ def recovered_fractions(results):
 
 
 def chart(values, least):
-    """One character a layer, from ▁ at `least` to █ at 1."""
-    return "".join("▁▂▃▄▅▆▇█"[min(7, max(0, int(8 * (v - least) / max(1e-9, 1 - least))))] for v in values)
+    """One character a layer, from ▁ at `least` to █ at 1; ? is not a number."""
+    return "".join("?" if math.isnan(v) else "▁▂▃▄▅▆▇█"[min(7, max(0, int(8 * (v - least) / max(1e-9, 1 - least))))]
+                   for v in values)
 
 
 def draw(results, steps, path):
@@ -113,11 +114,13 @@ def read_runs(paths, defaults):
             try:
                 results = json.loads(file.read_text(encoding="utf-8"))
                 stages = [stage for stage in results["stages"] if stage.startswith("recovered")]
-                name = _name(results["config"], defaults)
+                name, _ = _name(results["config"], defaults), results["stages"]["healthy"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}: not the results of a run ({type(error).__name__}: {error})") from None
             runs += [(" ".join([name, *stage.split("_", 1)[1:]]), stage, results) for stage in stages]
         seen |= files
+    if not runs:
+        raise ValueError(f"--report {' '.join(map(str, paths))}: no run in it has a recovery")
     return runs
 
 

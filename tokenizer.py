@@ -99,16 +99,18 @@ def load_tokenizer(folder):
     eos = config.get("eos_token")
     eos = eos["content"] if isinstance(eos, dict) else eos
     template = config.get("chat_template") or ""
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), "")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "tokenizer.json").exists():
         spec = _json(folder / "tokenizer.json")
-        if spec["model"].get("type", "BPE") != "BPE" or spec["model"].get("byte_fallback"):
+        bpe = spec.get("model") or {}
+        if bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback") or not {"vocab", "merges"} <= set(bpe):
             raise ValueError(f"{folder}/tokenizer.json: only byte-level BPE tokenizers are supported")
-        vocab = spec["model"]["vocab"]
-        merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
+        vocab, merges = bpe["vocab"], [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
         added = spec.get("added_tokens", [])
-        pattern, form = _pattern(spec["pre_tokenizer"], folder), (spec.get("normalizer") or {}).get("type")
+        pattern, form = _pattern(spec.get("pre_tokenizer"), folder), (spec.get("normalizer") or {}).get("type")
         if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
             raise ValueError(f"{folder}/tokenizer.json: the normalizer {form} is not supported")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -32,6 +31,7 @@ import data
 import evaluate
 import fetch
 import lora
+import machine
 import parallel
 import prune
 import quant
@@ -109,6 +109,7 @@ class Config:
 def parse(argv=None):
     """The command line as a Config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(complain(f"{message} (--help lists the options)", 2))
     for f in dataclasses.fields(Config):
         extra = dict(f.metadata) | {"help": f"{f.metadata['help']} [{f.default}]".replace(" []", "")}
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
@@ -164,6 +165,11 @@ def check_options(c):
         if not 0 < getattr(c, name) <= most:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0{' and at most 1' if most == 1 else ''}, "
                              f"not {getattr(c, name)}")
+    for f in dataclasses.fields(c):
+        if f.type is float and not math.isfinite(getattr(c, f.name)):
+            raise ValueError(f"--{f.name.replace('_', '-')} must be a finite number, not {getattr(c, f.name)}")
+    if not 0 <= c.seed < 2 ** 63:
+        raise ValueError(f"--seed must be at least 0 and less than 2^63, not {c.seed}")
     if not 0 <= c.ema < 1:
         raise ValueError(f"--ema must be at least 0 and less than 1, not {c.ema}")
     for how in c.recover.split(","):
@@ -191,11 +197,12 @@ def prepare(c):
     check_options(c)
     start, damage = split_damage(c.degrade)
     if c.dtype == "auto":
-        c.dtype = "bfloat16" if bfloat16_is_fast(c.device) else "float32"
+        c.dtype = "bfloat16" if machine.bfloat16_is_fast(c.device) else "float32"
     tasks = [data.load_task(name) for name in c.data.split(",")]
     further = [data.load_task(name) for name in c.eval.split(",") if name and not is_text(name)]
     forgetting = [data.load_task(name) for name in c.forget_data.split(",")] if start == "forget" else []
     text = data.read_text(c.text) if c.text else data.split_text()[1]
+    check_names({*c.data.split(","), *c.eval.split(","), *(c.forget_data.split(",") if forgetting else [])} - {""})
 
     with parallel.first():
         folder = Path(c.model) if c.model else fetch.default_model()
@@ -296,6 +303,15 @@ def split_damage(text):
     return start, schemes
 
 
+def check_names(names):
+    """ValueError if two tasks or files would be measured under one name."""
+    stems = [Path(name).stem for name in names]
+    for stem in sorted(stems):
+        if stems.count(stem) > 1:
+            raise ValueError(f"--data, --eval: {stems.count(stem)} of them are called {stem!r}, and would be measured as one: "
+                             "rename a file")
+
+
 def check_prompts(c, stages, splits, sequences, tokenizer, context_length):
     """ValueError for prompts that do not fit the context with their answers, or have no expert's answer where one is learned."""
     longest = [len(ids) for group in sequences for ids in group]
@@ -303,8 +319,10 @@ def check_prompts(c, stages, splits, sequences, tokenizer, context_length):
         for p in (p for batch in stage.batches for p in batch):
             if stage.how in ("kd", "sft") and not p.answer:
                 raise ValueError(f"{stage.how} needs answers: some text ends within --text-tokens {c.text_tokens}; give fewer")
-            longest.append(len(p.teacher) + (len(p.answer) if stage.how in ("kd", "sft") else c.max_new_tokens))
+            prompt = p.student if stage.how == "sft" else p.teacher
+            longest.append(len(prompt) + (len(p.answer) if stage.how in ("kd", "sft") else c.max_new_tokens))
     for es in splits.values():
+        longest += [len(tokenizer.encode(context)) + len(tokenizer.encode(text)) for e in es for context, text in e.choices]
         longest.append(max(len(data.student_prompt(tokenizer, e)) for e in es) + evaluate.answer_tokens(c, tokenizer, es))
     if max(longest) > context_length:
         raise ValueError(f"a prompt with its answer takes {max(longest)} tokens, "
@@ -436,35 +454,12 @@ def timed(seconds, name):
 
 def environment(run):
     """Everything a number depends on and a reader cannot see."""
-    on_gpu = run.config.device != "cpu"
-    gpu_memory = {"peak_gpu_memory_gib": torch.cuda.max_memory_allocated(run.config.device) / 2 ** 30} if on_gpu else {}
+    device = run.config.device
+    gpu_memory = {} if device == "cpu" else {"peak_gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2 ** 30}
     return {**run.facts, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-            "processor": torch.cuda.get_device_name(run.config.device) if on_gpu else cpu_name(),
-            "threads": torch.get_num_threads(), "processes": parallel.size(),
-            "date": datetime.datetime.now().isoformat(timespec="minutes"),
-            "peak_memory_gib": peak_memory_gib(), **gpu_memory}
-
-
-def peak_memory_gib():
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-
-
-def bfloat16_is_fast(device):
-    """Whether the processor has instructions that multiply matrices of bfloat16."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def cpu_name():
-    """The processor's name where Linux tells, with the vector instructions that decide its speed."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+            "processor": machine.processor(device), "threads": torch.get_num_threads(),
+            "processes": parallel.size(), "date": datetime.datetime.now().isoformat(timespec="minutes"),
+            "peak_memory_gib": machine.peak_memory_gib(), **gpu_memory}
 
 
 def save(run, results, students):

@@ -58,15 +58,14 @@ def ours(o):
 
     import data
     import fetch
-    import parallel
+    import machine
     import quant
     import sdft
     from model import GPT, generate
-    from train import bfloat16_is_fast, peak_memory_gib
 
     if o.dtype == "auto":
-        o.dtype = "bfloat16" if bfloat16_is_fast("cpu") else "float32"
-    parallel.keep_freed_memory()
+        o.dtype = "bfloat16" if machine.bfloat16_is_fast("cpu") else "float32"
+    machine.keep_freed_memory()
     folder = o.model or fetch.default_model()
     tokenizer = data.load_tokenizer(folder)
     student = GPT.from_pretrained(folder)
@@ -114,7 +113,7 @@ def ours(o):
     forward = 2 * (blocks * passed + head * new)
     flops = {"rollout": forward, "teacher": forward, "student": 3 * forward}
     read = teacher.embed_tokens.weight.element_size() * (blocks + head) * o.new_tokens  # bytes: the weights, once a token
-    return {"seconds": seconds, "peak_gib": peak_memory_gib(), "tokens_per_second": new / seconds["total"],
+    return {"seconds": seconds, "peak_gib": machine.peak_memory_gib(), "tokens_per_second": new / seconds["total"],
             "prompt_tokens": sum(lengths), "gflops": {part: f / seconds[part] / 1e9 for part, f in flops.items()} | {
                 "total": sum(flops.values()) / seconds["total"] / 1e9},
             "rollout_gb_per_second": read / seconds["rollout"] / 1e9, "ceilings": ceilings(torch, o.dtype), "dtype": o.dtype}
@@ -130,7 +129,7 @@ def trl(o):
 
     import data
     import fetch
-    from train import peak_memory_gib
+    import machine
 
     folder = str(o.model or fetch.default_model())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
@@ -156,8 +155,8 @@ def trl(o):
         trainer.train()
     lengths = [len(data.load_tokenizer(folder).chat(p)) for p in prompts(o.batch_size)]
     total = statistics.median(seconds[o.warmup:])
-    return {"seconds": {"total": total}, "peak_gib": peak_memory_gib(), "tokens_per_second": o.batch_size * o.new_tokens / total,
-            "prompt_tokens": sum(lengths)}
+    return {"seconds": {"total": total}, "peak_gib": machine.peak_memory_gib(),
+            "tokens_per_second": o.batch_size * o.new_tokens / total, "prompt_tokens": sum(lengths)}
 
 
 def ceilings(torch, dtype):

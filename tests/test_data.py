@@ -289,14 +289,16 @@ CONVERSATIONS = [[USER], [SYSTEM, USER], [USER, {"role": "assistant", "content":
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=["default-system", "own-system", "three-turns"])
-@pytest.mark.parametrize("in_config", [True, False], ids=["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "a list in it", "chat_template.jinja"])
 @pytest.mark.parametrize("kind, template", [("smollm2", SMOLLM2_TEMPLATE), ("qwen2", QWEN2_TEMPLATE), ("gpt2", PLAIN_TEMPLATE)])
-def test_chat_equals_transformers(kind, template, in_config, messages, tmp_path):
+def test_chat_equals_transformers(kind, template, where, messages, tmp_path):
     theirs = PreTrainedTokenizerFast(tokenizer_object=train(kind), eos_token="<|im_end|>", chat_template=template)
     theirs.save_pretrained(tmp_path)
-    if in_config:  # as transformers 4 wrote it
+    if where != "chat_template.jinja":  # as transformers 4 wrote it
         (tmp_path / "chat_template.jinja").unlink()
-        config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": template}
+        several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {
+            "chat_template": several if where == "a list in it" else template}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours = load_tokenizer(tmp_path)
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -558,6 +560,7 @@ BAD_ROWS = {
     "answer negative": {"prompt": "a", "choices": ["b", "c"], "answer": -1},
     "answer a letter": {"prompt": "a", "choices": ["b", "c"], "answer": "A"},
     "choice not text": {"prompt": "a", "choices": [1, 2], "answer": 0},
+    "context not text": {"contexts": [1, "b"], "continuation": "c", "answer": 1},
     "continuation not text": {"contexts": ["a", "b"], "continuation": 1, "answer": 0},
 }
 

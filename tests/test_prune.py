@@ -207,6 +207,7 @@ def test_neurons_kept_fit_the_groups_of_what_comes_after():
     """1536 neurons without 10 % are 1382; the nearest multiples of 4 and of 64 are 1384 and 1408."""
     assert [prune.neurons_kept(1536, 0.1, multiple) for multiple in (1, 4, 64)] == [1382, 1384, 1408]
     assert prune.neurons_kept(8, 0.9, 4) == 4
+    assert prune.neurons_kept(1536, 0.05, 576) == 1152  # not the nearest multiple, 1728: there are no more than 1536
     config = GPTConfig(d_model=64, d_ff=100, n_head=4, n_kv_head=2, head_dim=16)
     for damage, multiple in (("ffn10", 1), ("ffn10,nf4", 1), ("ffn,wanda2:4,nf4", 4), ("ffn,wanda2:4,int4", 16)):
         assert prune.check_damage(config, damage, 16) == multiple

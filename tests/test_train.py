@@ -1,5 +1,6 @@
 """The command line on a tiny random model: the whole job, its files, its errors."""
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -237,17 +238,19 @@ def test_what_is_not_trained_is_held_once(folder, tmp_path):
         assert set(names) == {name for name, p in student.named_parameters() if not p.requires_grad}
 
 
-def test_best_choice_is_the_likeliest_one(folder):
-    """A model that only repeats: the continuation equal to what came before is likelier. Checked against plain forwards."""
+@pytest.mark.parametrize("choices", [[("abc", " xyz"), ("abc", " longer one")], [("", " longer one"), ("", " xyz")],
+                                     [("ab", " xyz"), ("", " xyz")]])
+def test_best_choice_is_the_likeliest_one(choices, folder):
+    """Checked against plain forwards, where an empty context is the end-of-text token (as in BLiMP, whole sentences)."""
     run = train.prepare(train.parse(["--model", str(folder), "--out", str(folder / "out"), *QUICK]))
-    example = train.data.Example("", choices=[("abc", " xyz"), ("abc", " longer one")])
-    scores = []
+    example, scores = train.data.Example("", choices=choices), []
     for context, continuation in example.choices:
-        c, t = run.tokenizer.encode(context), run.tokenizer.encode(continuation)
+        c, t = run.tokenizer.encode(context) or [run.tokenizer.eos_id], run.tokenizer.encode(continuation)
         with torch.no_grad():
             logp = run.models["base"](torch.tensor([c + t])).float().log_softmax(-1)[0]
         scores.append(sum(logp[len(c) + i - 1, t[i]].item() for i in range(len(t))) / len(continuation))
     assert train.evaluate.best_choice(run.models["base"], run.tokenizer, example) == scores.index(max(scores))
+    assert train.evaluate.choice_scores(run.models["base"], run.tokenizer, example) == pytest.approx(scores, abs=1e-4)
 
 
 def test_recovered_fraction_by_hand():
@@ -285,6 +288,11 @@ def mistakes(tmp_path, folder):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\nnot json\n')
     (tmp_path / "keys.jsonl").write_text('{"question": "a"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "science.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}\n')
+    (tmp_path / "long.jsonl").write_text("\n".join(
+        json.dumps({"prompt": prompt, "choices": ["b", 9999 * "c "], "answer": 0}) for prompt in "ad"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "results.json").write_text('{"config": {}, "stages": {"recovered": {}}}')
     (tmp_path / "a_file").write_text("")
     m = ["--model", str(folder)]
     return [
@@ -293,7 +301,17 @@ def mistakes(tmp_path, folder):
         (["--model", copy_with("shape", edit_config(intermediate_size=96))], "shape"),
         (["--model", copy_with("kind", edit_config(model_type="mamba"))], "mamba"),
         (["--model", copy_with("short", edit_config(max_position_embeddings=64))], "context of 64"),
+        (["--model", copy_with("words", edit_config(num_hidden_layers="two"))], "config.json"),
+        (["--model", copy_with("list", lambda path: (path / "config.json").write_text("[]"))], "config.json"),
+        (["--model", copy_with("brackets", lambda path: (path / "tokenizer.json").write_text("{}"))], "byte-level BPE"),
         ([*m, "--degrade", "int9"], "int9"),
+        ([*m, "--degrade", "ffn5,int4", "--group-size", "9999"], "9999"),
+        ([*m, "--eval", f"{tmp_path}/science.jsonl"], "'science'"),
+        ([*m, "--eval", f"{tmp_path}/long.jsonl"], "context"),
+        ([*m, "--temperature", "nan"], "--temperature"),
+        ([*m, "--lr", "inf"], "--lr"),
+        ([*m, "--seed", "18446744073709551616"], "--seed"),
+        (["--report", str(tmp_path / "foreign")], "not the results of a run"),
         ([*m, "--degrade", "int4,nf4"], "int4 and nf4"),
         ([*m, "--degrade", "wanda2:5"], "5 do not divide the 32"),
         ([*m, "--degrade", "magnitude100"], "magnitude100 would leave nothing"),
@@ -345,8 +363,22 @@ def test_a_mistake_is_one_clear_line_exit_code_2_and_nothing_written(folder, tmp
         assert not out.exists(), argv
 
 
+@pytest.mark.parametrize("argv, says", [
+    (["--loss", "kl"], "forward_kl"), (["--steps", "x"], "--steps"), (["--stepz", "1"], "stepz")])
+def test_a_mistyped_option_is_one_line_too(argv, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(argv)
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and says in error[0]
+
+
+def test_a_broken_model_has_infinite_perplexity():
+    assert train.evaluate.Measurement({"perplexity": torch.tensor([800.0])}, [], {}, []).value("perplexity") == math.inf
+    assert train.report.chart([0.0, math.nan, 1.0], 0.0) == "▁?█"
+
+
 def test_nothing_happens_on_import_and_help_names_every_field():
-    modules = "import cka, data, evaluate, fetch, lora, model, parallel, prune, quant, report, sdft, tokenizer, train"
+    modules = "import cka, data, evaluate, fetch, lora, machine, model, parallel, prune, quant, report, sdft, tokenizer, train"
     quiet = subprocess.run([sys.executable, "-c", modules], cwd=ROOT, capture_output=True, text=True)
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
     text = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -305,11 +305,10 @@ def split_damage(text):
 
 def check_names(names):
     """ValueError if two tasks or files would be measured under one name."""
-    stems = [Path(name).stem for name in names]
-    for stem in sorted(stems):
-        if stems.count(stem) > 1:
-            raise ValueError(f"--data, --eval: {stems.count(stem)} of them are called {stem!r}, and would be measured as one: "
-                             "rename a file")
+    metrics = ["perplexity_" * is_text(name) + Path(name).stem for name in names]
+    for metric in sorted(metrics):
+        if metrics.count(metric) > 1:
+            raise ValueError(f"--data, --eval: {metrics.count(metric)} of them would be measured as {metric!r}: rename a file")
 
 
 def check_prompts(c, stages, splits, sequences, tokenizer, context_length):

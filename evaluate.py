@@ -9,7 +9,7 @@ import cka
 import data
 import parallel
 import sdft
-from model import frozen_copy, generate
+from model import generate
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Watch:
     @torch.no_grad()
     def check(self):
         """Measure; True if it is time to stop."""
-        model = frozen_copy(parallel.whole(self.student), self.dtype)
+        model = parallel.plain_copy(self.student, self.dtype)
         states = cka.hidden_states(model, self.sequences, last=True)
         value, = parallel.gather([cka.sample_level(states, self.healthy)["linear_debiased"][-1]])[:1]  # one says for all
         self.checks_since += 1

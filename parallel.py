@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 import machine
-from model import GPT, exact_weight
+from model import GPT, exact_weight, frozen_copy
 
 
 class PeerLost(Exception):
@@ -148,3 +148,8 @@ def whole(model, dtype=None):
         part.reshard()
     plain.load_state_dict(state, assign=True)
     return plain.requires_grad_(False).eval()
+
+
+def plain_copy(model, dtype):
+    """A plain copy in dtype that does not train, on every process; a sharded model is put together once, not copied again."""
+    return whole(model, dtype) if sharded(model) else frozen_copy(model, dtype)

@@ -114,7 +114,9 @@ def read_runs(paths, defaults):
             try:
                 results = json.loads(file.read_text(encoding="utf-8"))
                 stages = [stage for stage in results["stages"] if stage.startswith("recovered")]
-                name, _ = _name(results["config"], defaults), results["stages"]["healthy"]
+                name = _name(results["config"], defaults)
+                if "healthy" not in results["stages"]:
+                    raise KeyError("healthy")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}: not the results of a run ({type(error).__name__}: {error})") from None
             runs += [(" ".join([name, *stage.split("_", 1)[1:]]), stage, results) for stage in stages]

@@ -362,8 +362,7 @@ def execute(run):
             student = trainable_(c, student, run.models["base"])
             with timed(seconds, stage.name + " training"):
                 teach_(run, student, stage)
-            plain = parallel.whole(student, torch.float32)  # of a sharded student this is a copy already
-            student = frozen_copy(student, torch.float32) if plain is student else plain
+            student = parallel.plain_copy(student, torch.float32)
         if stage.damage:
             run.facts["damage"] = prune.damage_(student, stage.damage, run.calibration, c.importance, c.group_size or None,
                                                 c.symmetric, c.double_quant)

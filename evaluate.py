@@ -64,7 +64,7 @@ def compare(states, healthy):
     likeness = {}
     for i, task in enumerate(states):
         pairs = list(zip(states[task], healthy[task]))
-        x, y = zip(*parallel.gather([(x[:, -1:], y[:, -1:]) for x, y in pairs]))
+        x, y = zip(*parallel.gather([(x[:, -1:].clone(), y[:, -1:].clone()) for x, y in pairs]))  # a view would send all of it
         if i == 0:
             tokens = parallel.gather([list(cka.token_level([x], [y]).values()) for x, y in pairs if x.size(1) >= 4])
             likeness["tokens"] = dict(zip(cka.KINDS, torch.tensor(tokens).mean(0).tolist()))

@@ -24,7 +24,7 @@ def peak_memory_gib():
 def bfloat16_is_fast(device):
     """Whether the processor has instructions that multiply matrices of bfloat16."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # is_bf16_supported counts emulation, too
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -30,7 +30,7 @@ def start(device):
     machine.keep_freed_memory()
     if "WORLD_SIZE" not in os.environ:
         return device
-    cuda = device.startswith("cuda") and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count()
+    cuda = device.startswith("cuda") and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
     if cuda:
         torch.cuda.set_device(device)

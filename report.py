@@ -160,7 +160,8 @@ def performance_table(runs):
             digits = 2 if metric.startswith("perplexity") else 1
             shown = [mean_and_error(values(stage), digits) for stage in ("base", "healthy", "degraded", "")]
             each = ", ".join(f"{v:.{digits}f}" for v in values(""))
-            shown += [each, "not damaged" if None in fractions else mean_and_error(fractions, 2)]
+            spared, n = fractions.count(None), len(fractions)
+            shown += [each, f"not damaged{f' in {spared} of {n}' * (spared < n)}" if spared else mean_and_error(fractions, 2)]
             lines.append(f"| `{name}` | {_title(metric)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 

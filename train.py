@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -75,7 +76,7 @@ class Config:
     stop_after: int = option(0, "end a recovery when CKA with the healthy model, over training examples, has not risen for so "
                              "many checks, one every five steps, and go back to its best (§6); 0: never")
     ema: float = option(0.0, "how far the teacher follows the student each step (Shenfeld et al.: 0.01); 0: it stays as it is")
-    demo: bool = option(True, "show the teacher the expert demonstration")
+    demo: bool = option(True, "show the teacher of a recovery the expert demonstration")
     loss: str = option("forward_kl", "divergence between teacher and student", choices=list(sdft.LOSSES))
     steps: int = option(25, "optimizer steps")
     batch_size: int = option(16, "prompts per step, one rollout each, shared evenly by the tasks")
@@ -175,14 +176,14 @@ def check_options(c):
     for how in c.recover.split(","):
         if how not in WAYS:
             raise ValueError(f"--recover: unknown way {how!r}: choose of {', '.join(WAYS)}")
-    if "" in c.teacher.split(",") or c.bootstrap == "healthy":
+    if "" in c.teacher.split(",") or c.bootstrap in ("healthy", "base"):
         raise ValueError("--teacher takes names or folders by commas, none of them empty, and --bootstrap a folder")
     if c.cka_balance and not c.cka_weight:
         raise ValueError("--cka-balance scales --cka-weight: give one above 0")
-    if c.stop_after and c.calibration < 4:
-        raise ValueError("--stop-after measures CKA over --calibration examples: give at least 4")
-    kind, _, number = c.device.partition(":")
-    if c.device != "cpu" and (kind != "cuda" or not (number or "0").isdecimal() or int(number or 0) >= torch.cuda.device_count()):
+    if c.cka_samples < 4 or c.stop_after and c.calibration < 4:
+        raise ValueError("CKA is over --cka-samples examples, for --stop-after over --calibration: give at least 4")
+    cuda = re.fullmatch(r"cuda(:(0|[1-9]\d*))?", c.device)
+    if c.device != "cpu" and not (cuda and int(cuda[2] or 0) < torch.cuda.device_count()):
         raise ValueError(f"--device {c.device}: this torch sees {torch.cuda.device_count()} CUDA devices; try --device cpu")
     if c.train == "lora" and c.train_embeddings:
         raise ValueError("--train lora trains low-rank updates alone: leave out --train-embeddings")
@@ -200,6 +201,8 @@ def prepare(c):
         c.dtype = "bfloat16" if machine.bfloat16_is_fast(c.device) else "float32"
     tasks = [data.load_task(name) for name in c.data.split(",")]
     further = [data.load_task(name) for name in c.eval.split(",") if name and not is_text(name)]
+    if not all(task.eval for task in further):
+        raise ValueError(f"--eval {c.eval}: the task 'text' has no questions; for perplexity give a file of text")
     forgetting = [data.load_task(name) for name in c.forget_data.split(",")] if start == "forget" else []
     text = data.read_text(c.text) if c.text else data.split_text()[1]
     check_names({*c.data.split(","), *c.eval.split(","), *(c.forget_data.split(",") if forgetting else [])} - {""})
@@ -259,23 +262,23 @@ def read_models(c, folder, start, damage, tokenizer, text):
 
 def plan(c, start, damage, tokenizer, tasks, forgetting):
     """The stages up to the damage, and the recoveries from it."""
-    def prompts(tasks, steps, order, both=False):
-        """Batches of sdft.Prompt; both: the student sees the demonstration too."""
-        return [[sdft.Prompt(data.teacher_prompt(tokenizer, e, both, c.text_tokens),
-                             data.teacher_prompt(tokenizer, e, both or c.demo, c.text_tokens),
+    def prompts(tasks, steps, order, student=False, teacher=True):
+        """Batches of sdft.Prompt, where those of the two that are true see the demonstration."""
+        return [[sdft.Prompt(data.teacher_prompt(tokenizer, e, student, c.text_tokens),
+                             data.teacher_prompt(tokenizer, e, teacher, c.text_tokens),
                              data.expert_answer(tokenizer, e, c.text_tokens, c.max_new_tokens)) for e in batch]
                 for batch in data.batches(tasks, steps, c.batch_size, order)]
 
     stages, degraded = [Stage("healthy")], Stage("degraded", damage=damage)
     if c.bootstrap:  # Fig. 7 writes KL(3B || 7B)
-        first = prompts(tasks, c.expert_steps, f"expert {c.seed}", both=True)
+        first = prompts(tasks, c.expert_steps, f"expert {c.seed}", student=True)
         stages = [Stage("base"), Stage("healthy", "kd", c.bootstrap, first, c.lr, loss="reverse_kl")]
     elif start == "forget":
         stages = [Stage("base"), Stage("healthy", "sdft", "base", prompts(tasks, c.expert_steps, f"expert {c.seed}"), c.lr)]
     if start == "forget":
         degraded = Stage("degraded", "sft", "", prompts(forgetting, c.forget_steps, f"forget {c.seed}"), c.forget_lr, damage)
     stages += [degraded] if start or damage else []
-    batches, recoveries = prompts(tasks, c.steps, c.seed), []
+    batches, recoveries = prompts(tasks, c.steps, c.seed, teacher=c.demo), []
     for how in c.recover.split(","):
         for i, teacher in enumerate(c.teacher.split(",") if how in ("sdft", "kd") else [""]):
             who = teacher if teacher in ("", "base", "healthy") else f"teacher{i + 1}"
@@ -304,7 +307,10 @@ def split_damage(text):
 
 
 def check_names(names):
-    """ValueError if two tasks or files would be measured under one name."""
+    """ValueError if two tasks or files would be measured under one name, or a task as if it were a text."""
+    for name in sorted(names):
+        if not is_text(name) and Path(name).stem.startswith("perplexity"):
+            raise ValueError(f"{name}: its metric would be taken for a perplexity: rename the file")
     metrics = ["perplexity_" * is_text(name) + Path(name).stem for name in names]
     for metric in sorted(metrics):
         if metrics.count(metric) > 1:

@@ -37,6 +37,8 @@ def test_tables_are_means_and_standard_errors_over_the_seeds_of_one_name(tmp_pat
     assert "| `--degrade int4` | task % |  | 50.0 | 20.0 | 41.0 ± 1.7 | 38.0, 44.0, 41.0 | 0.70 ± 0.06 |" in table
     assert "| `--degrade int4` | perplexity |  | 10.00 | 20.00 | 12.00 | 12.00, 12.00, 12.00 | not damaged |" in table
     assert any(line.startswith("| `--degrade int4 --recover kd --no-demo` | task % |") for line in table)
+    runs[0][2]["recovered_fraction"]["task"] = None
+    assert "| not damaged in 1 of 3 |" in report.performance_table(runs)
     assert "| `--degrade int4` | samples | linear, debiased | 0.900 | 0.450 | 0.950 | 0.725 |" in report.cka_table(runs)
     report.draw_runs(runs, tmp_path)
     assert (tmp_path / "report.png").stat().st_size > 10_000

@@ -159,6 +159,13 @@ def test_forgetting_measures_four_stages_and_two_teachers(folder, tmp_path):
     assert results(tmp_path / "alone")["stages"]["recovered"] == r["stages"]["recovered_base"]  # none disturbs another
 
 
+def test_an_expert_is_made_with_demonstrations_even_if_recovery_has_none(folder, tmp_path):
+    """Without them its teacher, the model itself, would have nothing to teach."""
+    assert job(folder, tmp_path, "--degrade", "forget", "--expert-steps", "2", "--no-demo") == 0
+    expert = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][:2]
+    assert all(line["stage"] == "healthy" and line["grad_norm"] > 0 for line in expert)
+
+
 def test_several_ways_of_recovery_are_each_as_alone(folder, tmp_path):
     job(folder, tmp_path / "all", "--recover", "sdft,sft,none", "--teacher", "base")
     stages = results(tmp_path / "all")["stages"]
@@ -285,6 +292,7 @@ def mistakes(tmp_path, folder):
         save_file(tensors, path / "model.safetensors")
 
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "perplexity_set.jsonl").write_text("".join(f'{{"prompt": "{i}", "response": "b"}}\n' for i in range(9)))
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\nnot json\n')
     (tmp_path / "keys.jsonl").write_text('{"question": "a"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
@@ -330,6 +338,11 @@ def mistakes(tmp_path, folder):
         ([*m, "--group-size", "-16"], "--group-size"),
         ([*m, "--device", "gpu"], "--device gpu"),
         ([*m, "--device", "cuda:99"], "CUDA devices"),
+        ([*m, "--device", "cuda:"], "CUDA devices"),
+        ([*m, "--cka-samples", "3"], "--cka-samples"),
+        ([*m, "--bootstrap", "base"], "--bootstrap"),
+        ([*m, "--eval", "text"], "--eval text"),
+        ([*m, "--eval", f"{tmp_path}/perplexity_set.jsonl"], "taken for a perplexity"),
         ([*m, "--train", "lora", "--train-embeddings"], "--train-embeddings"),
         ([*m, "--recover", "kd", "--data", "text", "--text-tokens", "900"], "--text-tokens 900"),
         ([*m, "--shard"], "torchrun"),

@@ -30,7 +30,7 @@ EXPERIMENTS = {  # name -> (options of each run, seeds)
     "table5": ([f"--model {SMALL} --degrade none --steps 50", f"--model {SMALL} --degrade none --bootstrap BASE"], (0, 1, 2)),
     "baselines": ([f"--degrade {damage} {WAYS}" for damage in ("int4", "nf4", "ffn10", "wanda30")], (0, 1, 2)),
     "settings": ([f"--degrade int4 {variant}" for variant in VARIANTS], (0, 1, 2)),
-    "sweep": ([f"--degrade {damage} --recover none --eval-limit 150" for damage in LEVELS], (0,)),
+    "sweep": ([f"--degrade {damage} --recover none --eval-limit 150" for damage in LEVELS], (0, 1, 2)),
 }
 
 

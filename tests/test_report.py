@@ -100,4 +100,4 @@ def test_every_experiment_is_a_command_line(name):
         c = train.parse([*options.split(), "--seed", "0"])
         train.check_options(c)
         train.prune.check_damage(GPTConfig(), train.split_damage(c.degrade)[1], c.group_size)  # of the default model
-    assert len(seeds) >= 3 or name == "sweep" and len(runs) >= 20
+    assert len(seeds) >= 3 and (name != "sweep" or len(runs) >= 20)

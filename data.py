@@ -194,9 +194,10 @@ def same_json(expected):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
-def load_task(name):
+def load_task(name, measured_only=False):
     """A Task by name (science, tooluse, text) or from a file: *.jsonl, or any other path as UTF-8 text to continue.
 
+    A fifth of a .jsonl file is held out, or, measured_only, all of it measured.
     FileNotFoundError when there is no such task or file; ValueError, naming the line, for content that does not fit.
     """
     if name == "science":
@@ -214,10 +215,12 @@ def load_task(name):
     for n, row in read_jsonl(path):
         first_line.setdefault(json.dumps(row), (n, row))
     examples = [_example(row, f"{path}:{n}") for n, row in first_line.values()]
-    if len(examples) < 2:
-        raise ValueError(f"{path}: one example cannot be both trained on and held out")
     if len({bool(e.choices) for e in examples}) == 2:
         raise ValueError(f"{path}: multiple choice and other rows cannot share a file")
+    if measured_only:
+        return Task(path.stem, [], {"all": examples})
+    if len(examples) < 2:
+        raise ValueError(f"{path}: one example cannot be both trained on and held out")
     random.Random(0).shuffle(examples)
     cut = max(1, len(examples) // 5)
     return Task(path.stem, examples[cut:], {"held_out": examples[:cut]})

@@ -65,7 +65,7 @@ class Config:
     group_size: int = option(64, "inputs that share a quantization scale; 0: one scale per output channel")
     symmetric: bool = option(True, "symmetric grid around 0, or an integer zero point")
     data: str = option("science,text", "prompts to recover on: science, tooluse, text, or files (.jsonl, text), by commas")
-    eval: str = option("", "further tasks, .jsonl files, or text files (for perplexity) to measure only, by commas")
+    eval: str = option("", "further tasks, whole .jsonl files, or text files (for perplexity) to measure only, by commas")
     text: str = option("", "UTF-8 file to measure perplexity on (default: held-out part of Python's own documentation)")
     recover: str = option("sdft", "sdft; or a baseline: kd (the teacher scores the expert's answers, not the student's), sft "
                           "(the expert's answers alone), none; several, by commas: each from the same damage")
@@ -200,13 +200,13 @@ def prepare(c):
     if c.dtype == "auto":
         c.dtype = "bfloat16" if machine.bfloat16_is_fast(c.device) else "float32"
     tasks = [data.load_task(name) for name in c.data.split(",")]
-    further = [data.load_task(name) for name in c.eval.split(",") if name and not is_text(name)]
+    forgetting = [data.load_task(name) for name in c.forget_data.split(",")] if start == "forget" else []
+    trained = c.data.split(",") + (c.forget_data.split(",") if forgetting else [])
+    further = [data.load_task(name, True) for name in c.eval.split(",") if name and not is_text(name) and name not in trained]
     if not all(task.eval for task in further):
         raise ValueError(f"--eval {c.eval}: the task 'text' has no questions; for perplexity give a file of text")
-    forgetting = [data.load_task(name) for name in c.forget_data.split(",")] if start == "forget" else []
     text = data.read_text(c.text) if c.text else data.split_text()[1]
-    check_names({*c.data.split(","), *c.eval.split(","), *(c.forget_data.split(",") if forgetting else [])} - {""})
-
+    check_names({*trained, *c.eval.split(",")} - {""})
     with parallel.first():
         folder = Path(c.model) if c.model else fetch.default_model()
     tokenizer = data.load_tokenizer(folder)

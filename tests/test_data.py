@@ -504,6 +504,8 @@ def test_supervised_jsonl(tmp_path):
     rows = [{"prompt": f"Question {i}?", "response": f" The  answer {i}. "} for i in range(20)]
     task = load_task(jsonl(tmp_path / "mine.jsonl", *rows[:9], "", "   ", *rows[9:]))
     assert task.name == "mine" and len(task.train) == 16 and len(task.eval["held_out"]) == 4
+    whole = load_task(tmp_path / "mine.jsonl", measured_only=True)
+    assert whole.train == [] and [e.prompt for e in whole.eval["all"]] == [row["prompt"] for row in rows]
     everything = [*task.train, *task.eval["held_out"]]
     assert {(e.prompt, e.response) for e in everything} == {(r["prompt"], r["response"]) for r in rows}
     assert [e.prompt for e in load_task(tmp_path / "mine.jsonl").train] == [e.prompt for e in task.train]

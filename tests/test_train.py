@@ -90,7 +90,8 @@ def test_other_tasks_losses_and_files(folder, tmp_path, capsys):
     assert job(folder, tmp_path / "out", "--data", f"{tmp_path}/words.jsonl,tooluse", "--eval", f"{tmp_path}/choices.jsonl",
                "--text", f"{tmp_path}/own.txt", "--loss", "jsd", "--no-demo", "--no-symmetric", "--degrade", "int2") == 0
     r = results(tmp_path / "out")
-    assert set(r["stages"]["healthy"]) == {"words_held_out", "tooluse_request", "choices_held_out", "perplexity"}
+    assert set(r["stages"]["healthy"]) == {"words_held_out", "tooluse_request", "choices_all", "perplexity"}
+    assert r["environment"]["eval_examples"]["choices_all"] == 2  # of six rows two differ
     assert "recovered fraction" in capsys.readouterr().out
 
 
@@ -341,7 +342,7 @@ def mistakes(tmp_path, folder):
         ([*m, "--device", "cuda:"], "CUDA devices"),
         ([*m, "--cka-samples", "3"], "--cka-samples"),
         ([*m, "--bootstrap", "base"], "--bootstrap"),
-        ([*m, "--eval", "text"], "--eval text"),
+        ([*m, "--data", "science", "--eval", "text"], "--eval text"),
         ([*m, "--eval", f"{tmp_path}/perplexity_set.jsonl"], "taken for a perplexity"),
         ([*m, "--train", "lora", "--train-embeddings"], "--train-embeddings"),
         ([*m, "--recover", "kd", "--data", "text", "--text-tokens", "900"], "--text-tokens 900"),

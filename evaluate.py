@@ -98,16 +98,18 @@ def best_choice(model, tokenizer, example):
 
 
 def choice_scores(model, tokenizer, example):
-    """Log-likelihood of each continuation after its context, per character, as they may differ in length.
+    """Log-likelihood of each continuation after its context, per character, as they may differ in length; of whole sentences,
+    which have no context, the sum (BLiMP).
 
-    The end-of-text token stands for a context that is empty: the first token, too, needs one that predicts it.
+    What separates documents stands for a context that is empty: the first token, too, needs one that predicts it.
     """
     contexts, continuations = zip(*example.choices)
+    separator = tokenizer.added.get("<|endoftext|>", tokenizer.eos_id)
     targets = [tokenizer.encode(t) for t in continuations]
-    states = sdft.completion_states(model, [tokenizer.encode(t) or [tokenizer.eos_id] for t in contexts], targets)
+    states = sdft.completion_states(model, [tokenizer.encode(t) or [separator] for t in contexts], targets)
     logp = F.log_softmax(model.head(states).float(), -1)
     logp = logp[torch.arange(len(logp)), [i for t in targets for i in t]].split([len(t) for t in targets])
-    return [p.sum().item() / len(text) for p, text in zip(logp, continuations)]
+    return [p.sum().item() / (len(text) if any(contexts) else 1) for p, text in zip(logp, continuations)]
 
 
 def nats(model, windows):

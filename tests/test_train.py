@@ -249,14 +249,16 @@ def test_what_is_not_trained_is_held_once(folder, tmp_path):
 @pytest.mark.parametrize("choices", [[("abc", " xyz"), ("abc", " longer one")], [("", " longer one"), ("", " xyz")],
                                      [("ab", " xyz"), ("", " xyz")]])
 def test_best_choice_is_the_likeliest_one(choices, folder):
-    """Checked against plain forwards, where an empty context is the end-of-text token (as in BLiMP, whole sentences)."""
+    """Checked against plain forwards, where an empty context is the separator of documents; whole sentences count in all."""
     run = train.prepare(train.parse(["--model", str(folder), "--out", str(folder / "out"), *QUICK]))
     example, scores = train.data.Example("", choices=choices), []
+    run.tokenizer.added["<|endoftext|>"] = separator = 7
     for context, continuation in example.choices:
-        c, t = run.tokenizer.encode(context) or [run.tokenizer.eos_id], run.tokenizer.encode(continuation)
+        c, t = run.tokenizer.encode(context) or [separator], run.tokenizer.encode(continuation)
         with torch.no_grad():
             logp = run.models["base"](torch.tensor([c + t])).float().log_softmax(-1)[0]
-        scores.append(sum(logp[len(c) + i - 1, t[i]].item() for i in range(len(t))) / len(continuation))
+        characters = len(continuation) if any(context for context, _ in choices) else 1
+        scores.append(sum(logp[len(c) + i - 1, t[i]].item() for i in range(len(t))) / characters)
     assert train.evaluate.best_choice(run.models["base"], run.tokenizer, example) == scores.index(max(scores))
     assert train.evaluate.choice_scores(run.models["base"], run.tokenizer, example) == pytest.approx(scores, abs=1e-4)
 

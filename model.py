@@ -17,11 +17,13 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors on huge page
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+
+import hf_folder
+from hf_folder import existing, require
 
 
 @dataclass
@@ -48,45 +50,11 @@ class GPTConfig:
     @classmethod
     def from_hf(cls, hf):
         """GPTConfig from a config.json dict. ValueError on an architecture this file does not implement."""
-        kind = hf.get("model_type")
-        if kind == "gpt2":
-            d, heads = hf["n_embd"], hf["n_head"]
-            _require(hf.get("activation_function", "gelu_new") == "gelu_new", "activation_function must be gelu_new")
-            return cls(kind, hf["vocab_size"], hf["n_layer"], d, heads, heads, d // heads, hf.get("n_inner") or 4 * d,
-                       hf["n_positions"], hf["layer_norm_epsilon"], 0.0, True, True, True,
-                       hf.get("tie_word_embeddings", True), hf)
-        _require(kind in ("llama", "qwen2"), f"model_type {kind!r} is not one of gpt2, llama, qwen2")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 or 4
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        _require(rope_type == "default", f"RoPE scaling {rope_type!r} is not implemented")
-        _require(hf.get("hidden_act", "silu") == "silu", "hidden_act must be silu")
-        _require(not hf.get("use_sliding_window"), "sliding-window attention is not implemented")
-        d, heads, bias = hf["hidden_size"], hf["num_attention_heads"], hf.get("attention_bias", False)
-        return cls(kind, hf["vocab_size"], hf["num_hidden_layers"], d, heads, hf.get("num_key_value_heads") or heads,
-                   hf.get("head_dim") or d // heads, hf["intermediate_size"], hf["max_position_embeddings"],
-                   hf["rms_norm_eps"], rope.get("rope_theta") or hf.get("rope_theta", 1e4), kind == "qwen2" or bias,
-                   kind == "llama" and bias, hf.get("mlp_bias", False), hf.get("tie_word_embeddings", False), hf)
+        return cls(**hf_folder.fields_of(hf))
 
     def to_hf(self):
         """The config.json dict that `from_hf` and transformers read."""
-        if self.model_type == "gpt2":
-            ours = dict(architectures=["GPT2LMHeadModel"], n_embd=self.d_model, n_head=self.n_head, n_layer=self.n_layer,
-                        n_inner=self.d_ff, n_positions=self.context_length, layer_norm_epsilon=self.norm_eps)
-        else:
-            name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.model_type]
-            ours = dict(architectures=[name], hidden_size=self.d_model, num_attention_heads=self.n_head,
-                        num_hidden_layers=self.n_layer, num_key_value_heads=self.n_kv_head, head_dim=self.head_dim,
-                        intermediate_size=self.d_ff, max_position_embeddings=self.context_length,
-                        rms_norm_eps=self.norm_eps, rope_theta=self.rope_theta, hidden_act="silu")
-            if self.model_type == "llama":
-                ours.update(attention_bias=self.qkv_bias, mlp_bias=self.mlp_bias)
-        return {**self.hf, "model_type": self.model_type, "vocab_size": self.vocab_size,
-                "tie_word_embeddings": self.tie_embeddings, **ours}
-
-
-def _require(ok, message):
-    if not ok:
-        raise ValueError(message)
+        return hf_folder.config_json(self)
 
 
 class KVCache:
@@ -304,7 +272,7 @@ class GPT(nn.Module):
             ids = ids.gather(1, order)
         start = cache.length if cache else torch.zeros(1, dtype=torch.long, device=ids.device)
         longest = max(P + T for P, _, T in groups) if groups else int(start.max()) + T
-        _require(longest <= self.config.context_length,
+        require(longest <= self.config.context_length,
                  f"{longest} tokens are longer than the model's context of {self.config.context_length}")
         positions = start[:, None] + torch.arange(T, device=ids.device)  # [B or 1, T]
         if groups:
@@ -348,25 +316,25 @@ class GPT(nn.Module):
         """
         path = Path(folder)
         try:
-            config = GPTConfig.from_hf(json.loads(_existing(path / "config.json").read_text()))
+            config = GPTConfig.from_hf(json.loads(existing(path / "config.json").read_text()))
             with torch.device("meta"):
                 model = cls(config)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}/config.json: {'no entry ' * isinstance(error, KeyError)}{error}") from None
-        tensors = _read_safetensors(path)
+        tensors = hf_folder.read_tensors(path)
         state = {}
         for name, p in model.named_parameters():
-            key, part, transposed = hf_name(config, name)
-            _require(key in tensors, f"{path}: tensor {key} is missing from the safetensors files")
+            key, part, transposed = hf_folder.tensor_name(config, name)
+            require(key in tensors, f"{path}: tensor {key} is missing from the safetensors files")
             w = tensors[key].T if transposed else tensors[key]
             w = w if part is None else w.chunk(3)[part]
-            _require(w.shape == p.shape, f"{path}: tensor {key} has shape {tuple(tensors[key].shape)}, which does not "
+            require(w.shape == p.shape, f"{path}: tensor {key} has shape {tuple(tensors[key].shape)}, which does not "
                                          f"fit {tuple(p.shape)} from config.json")
             state[name] = w.to(device, dtype).contiguous()
-        known = {hf_name(config, name)[0] for name in state}
+        known = {hf_folder.tensor_name(config, name)[0] for name in state}
         unknown = [k for k in tensors if k not in known and not k.endswith((".attn.bias", "masked_bias", "inv_freq"))
                    and k != "lm_head.weight"]
-        _require(not unknown, f"{path}: tensor {unknown[:1]} has no place in a {config.model_type} model")
+        require(not unknown, f"{path}: tensor {unknown[:1]} has no place in a {config.model_type} model")
         model.load_state_dict(state, assign=True)
         return model
 
@@ -380,7 +348,7 @@ class GPT(nn.Module):
             names = [name for name, _ in GPT(self.config).named_parameters()]
         parts = {}
         for name in names:
-            parts.setdefault(hf_name(self.config, name)[::2], []).append(exact_weight(self, name).cpu())
+            parts.setdefault(hf_folder.tensor_name(self.config, name)[::2], []).append(exact_weight(self, name).cpu())
         tensors = {key: (torch.cat(w).T if transposed else torch.cat(w)).contiguous() for (key, transposed), w in parts.items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -413,51 +381,6 @@ def frozen_copy(model, dtype):
     return plain.requires_grad_(False).eval()
 
 
-GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h", "input_layernorm": "ln_1",
-              "post_attention_layernorm": "ln_2", "self_attn": "attn", "o_proj": "c_proj", "q_proj": "c_attn",
-              "k_proj": "c_attn", "v_proj": "c_attn", "up_proj": "c_fc", "down_proj": "c_proj"}
-
-
-def hf_name(config, name):
-    """Our parameter name -> (its name in a checkpoint, which third of a fused QKV it is or None, stored transposed?)."""
-    if name.startswith("lm_head"):
-        return name, None, False
-    if config.model_type != "gpt2":
-        return "model." + name, None, False
-    steps = name.split(".")
-    part = "qkv".index(steps[-2][0]) if steps[-2] in ("q_proj", "k_proj", "v_proj") else None
-    linear = steps[-2].endswith("_proj") and steps[-1] == "weight"
-    return "transformer." + ".".join(GPT2_NAMES.get(s, s) for s in steps), part, linear
-
-
-def _existing(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}: is it a Hugging Face model folder?")
-    return path
-
-
-def _read_safetensors(folder):
-    """All tensors of a folder: from model.safetensors, else from the shards its index names, else from every *.safetensors."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if index.exists() and not single.exists():
-        try:
-            files = [_existing(folder / name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index}: not an index of safetensors files ({error})") from None
-    _require(files, f"{folder}: no *.safetensors file in it")
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                tensors.update((key, f.get_tensor(key)) for key in f.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
-    if "wte.weight" in tensors:  # GPT-2 as first published, without the prefix
-        tensors = {"transformer." + key: w for key, w in tensors.items()}
-    return tensors
-
-
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, generator=None, batch_size=64, rows=None):
     """Continue each prompt (a list of token ids) until eos_id or max_new_tokens; the completions, eos included.
@@ -468,7 +391,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     with is read once, and a finished row leaves the batch. Every row has its own random numbers, one uniform number a token
     from `generator` (torch.Generator on the CPU), so that its completion does not depend on its neighbours.
     """
-    _require(all(prompts), "a prompt has no tokens")
+    require(all(prompts), "a prompt has no tokens")
     u = torch.rand(len(prompts), max_new_tokens, generator=generator) if temperature > 0 else None
     rows = range(len(prompts)) if rows is None else rows
     done, order = {i: [] for i in rows}, sorted(rows, key=lambda i: len(prompts[i]))

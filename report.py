@@ -39,6 +39,17 @@ def text(results, answers):
     return "\n".join(lines)
 
 
+def to_json(value, **layout):
+    """json.dumps, where null stands for what JSON has no word for: the infinities and nan of a model that training broke."""
+    def finite(x):
+        if isinstance(x, dict):
+            return {k: finite(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(finite(value), allow_nan=False, **layout)
+
+
 def recovered_fractions(results):
     """{stage: {metric: fraction or None}}, of one recovery or several."""
     found = results["recovered_fraction"]
@@ -113,6 +124,7 @@ def read_runs(paths, defaults):
         for file in sorted(files - seen):
             try:
                 results = json.loads(file.read_text(encoding="utf-8"))
+                results |= {key: _nan_for_null(results[key]) for key in ("stages", "cka")}
                 stages = [stage for stage in results["stages"] if stage.startswith("recovered")]
                 name = _name(results["config"], defaults)
                 if "healthy" not in results["stages"]:
@@ -124,6 +136,13 @@ def read_runs(paths, defaults):
     if not runs:
         raise ValueError(f"--report {' '.join(map(str, paths))}: no run in it has a recovery")
     return runs
+
+
+def _nan_for_null(x):
+    """The way back from `to_json`."""
+    if isinstance(x, dict):
+        return {k: _nan_for_null(v) for k, v in x.items()}
+    return [_nan_for_null(v) for v in x] if isinstance(x, list) else math.nan if x is None else x
 
 
 def _name(config, defaults):
@@ -156,7 +175,8 @@ def performance_table(runs):
         for metric in [m for m in group[0][1]["stages"]["healthy"] if all(m in r["stages"]["healthy"] for _, r in group)]:
             def values(stage, group=group, metric=metric):
                 return [r["stages"][stage or own][metric] for own, r in group if (stage or own) in r["stages"]]
-            fractions = [recovered_fractions(r)[own][metric] for own, r in group]
+            fractions = [math.nan if math.isnan(r["stages"][own][metric]) else recovered_fractions(r)[own][metric]
+                         for own, r in group]
             digits = 2 if metric.startswith("perplexity") else 1
             shown = [mean_and_error(values(stage), digits) for stage in ("base", "healthy", "degraded", "")]
             each = ", ".join(f"{v:.{digits}f}" for v in values(""))

@@ -432,7 +432,7 @@ def teach_(run, student, stage):
     with open(Path(c.out) / "metrics.jsonl" if writer else os.devnull, "a", encoding="utf-8") as file:
         settings = dict(micro_batch=c.micro_batch, lr=stage.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip,
                         moments=getattr(torch, c.moments), progress=stage.name if writer else "",
-                        log=lambda line: print(json.dumps({"stage": stage.name, **line}), file=file, flush=True))
+                        log=lambda line: print(report.to_json({"stage": stage.name, **line}), file=file, flush=True))
         watch = None
         if c.stop_after and stage in run.recoveries:
             watch = settings["after_step"] = evaluate.Watch(student, run.models["healthy"], run.calibration, c.stop_after)
@@ -477,7 +477,7 @@ def save(run, results, students):
                      "generation_config.json", "chat_template.jinja"):
             if (run.folder / name).exists():
                 shutil.copy(run.folder / name, folder / name)
-    (out / "results.json.part").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "results.json.part").write_text(report.to_json(results, indent=1) + "\n", encoding="utf-8")
     os.replace(out / "results.json.part", out / "results.json")
 
 

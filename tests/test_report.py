@@ -44,6 +44,20 @@ def test_tables_are_means_and_standard_errors_over_the_seeds_of_one_name(tmp_pat
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
+def test_a_broken_model_is_valid_json_and_no_recovery(tmp_path):
+    """JSON has no word for inf and nan: strict readers refuse what Python would write."""
+    text = report.to_json({"a": [math.inf, (1.5, -math.inf)], "b": {"c": math.nan, "d": None, "e": "nan"}})
+    assert json.loads(text) == {"a": [None, [1.5, None]], "b": {"c": None, "d": None, "e": "nan"}}
+    write(tmp_path / "a", 0, 38.0)
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    results["stages"]["recovered"]["task"] = math.inf
+    results["cka"]["samples"]["recovered"]["linear"] = [math.nan] * 2
+    (tmp_path / "a" / "results.json").write_text(report.to_json(results))
+    runs = report.read_runs([tmp_path], DEFAULTS)
+    assert "| `--degrade int4` | task % |  | 50.0 | 20.0 | nan | nan | nan |" in report.tables(runs)
+    assert "| `--degrade int4` | samples | linear | 0.900 | nan | 0.950 | nan |" in report.tables(runs)
+
+
 def test_correlations_by_hand(tmp_path):
     """Ranks 1, 2, 3.5, 3.5, 5; a monotone curve has Spearman's r of 1 and a smaller Pearson's."""
     x = np.array([1.0, 2, 3, 3, 9])

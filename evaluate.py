@@ -67,7 +67,7 @@ def compare(states, healthy):
         x, y = zip(*parallel.gather([(x[:, -1:].clone(), y[:, -1:].clone()) for x, y in pairs]))  # a view would send all of it
         if i == 0:
             tokens = parallel.gather([list(cka.token_level([x], [y]).values()) for x, y in pairs if x.size(1) >= 4])
-            likeness["tokens"] = dict(zip(cka.KINDS, torch.tensor(tokens).mean(0).tolist()))
+            likeness["tokens"] = dict(zip(cka.KINDS, torch.tensor(tokens, dtype=torch.float64).mean(0).tolist()))
             layers = cka.between_layers(x, y)
         likeness["samples" if i == 0 else f"{task} samples"] = cka.sample_level(x, y)
     return likeness, layers
@@ -128,6 +128,12 @@ def cka_sequences(c, tokenizer, tasks, windows):
         if len(examples) >= 4:
             found[task.name] = [data.student_prompt(tokenizer, e) + tokenizer.answer(e.response) for e in examples]
     return found or {"text": windows}
+
+
+def calibration_sequences(c, tokenizer, tasks):
+    """Ids of training examples, with their answers, that activations are taken from; text is read to 128 tokens."""
+    examples = data.batches(tasks, 1, c.calibration, c.seed)[0]
+    return [data.student_prompt(tokenizer, e, 128) + (tokenizer.answer(e.response) if e.chat else []) for e in examples]
 
 
 def recovered_fraction(healthy, degraded, recovered, metric):

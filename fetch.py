@@ -51,6 +51,8 @@ def default_model():
             convert(gguf, Path(work) / "model")
             os.replace(Path(work) / "model", folder)
     except OSError as error:
+        if (folder / "config.json").exists():  # by another process meanwhile
+            return folder
         raise OSError(f"cannot make the default model in {root}: {error}; "
                       "pass a Hugging Face folder with --model DIR instead") from None
     return folder

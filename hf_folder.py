@@ -81,7 +81,7 @@ def read_tensors(folder):
     if index.exists() and not single.exists():
         try:
             files = [existing(folder / name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{index}: not an index of safetensors files ({error})") from None
     require(files, f"{folder}: no *.safetensors file in it")
     tensors = {}

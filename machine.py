@@ -1,8 +1,10 @@
-"""What this machine is, what it is fast at, and how much memory a run has taken of it."""
+"""What this machine is, what it is fast at, and how much of its memory and time a run has taken."""
+import contextlib
 import ctypes
 import platform
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +16,14 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD: no block of its own for anything smaller
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give nothing back before so much is free
+
+
+@contextlib.contextmanager
+def timed(seconds, name):
+    """seconds[name] = how long the body took."""
+    began = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - began
 
 
 def peak_memory_gib():

@@ -28,7 +28,7 @@ def start(device):
     """Join the others, if there are any; returns this process's own device."""
     global store
     machine.keep_freed_memory()
-    if "WORLD_SIZE" not in os.environ:
+    if not dist.is_torchelastic_launched():
         return device
     cuda = device.startswith("cuda") and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
@@ -63,7 +63,9 @@ def together():
 
 
 def first_to_speak():
-    """True in one process only, whichever asks first."""
+    """True in one process only, whichever asks first; before they have joined, the first."""
+    if not dist.is_initialized():
+        return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     return size() == 1 or store.add("spoken", 1) == 1
 
 

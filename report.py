@@ -23,7 +23,7 @@ def text(results, answers):
     for level, by_stage in results["cka"].items():
         lines += ["", f"CKA with the healthy model over {level}, by layer"]
         for kind in ("linear", "linear_debiased"):
-            least = min(min(v[kind]) for v in by_stage.values())
+            least = min((x for v in by_stage.values() for x in v[kind] if not math.isnan(x)), default=0)
             for stage in by_stage:
                 v = by_stage[stage][kind]
                 lines.append(f"  {kind:16}{stage:{width}}{chart(v, least)}  last {v[-1]:.4f}  mean {sum(v) / len(v):.4f}")
@@ -175,8 +175,8 @@ def performance_table(runs):
         for metric in [m for m in group[0][1]["stages"]["healthy"] if all(m in r["stages"]["healthy"] for _, r in group)]:
             def values(stage, group=group, metric=metric):
                 return [r["stages"][stage or own][metric] for own, r in group if (stage or own) in r["stages"]]
-            fractions = [math.nan if math.isnan(r["stages"][own][metric]) else recovered_fractions(r)[own][metric]
-                         for own, r in group]
+            broken = [any(math.isnan(r["stages"][stage][metric]) for stage in ("healthy", "degraded", own)) for own, r in group]
+            fractions = [math.nan if b else recovered_fractions(r)[own][metric] for b, (own, r) in zip(broken, group)]
             digits = 2 if metric.startswith("perplexity") else 1
             shown = [mean_and_error(values(stage), digits) for stage in ("base", "healthy", "degraded", "")]
             each = ", ".join(f"{v:.{digits}f}" for v in values(""))

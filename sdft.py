@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import parallel
 from cka import linear_cka
-from model import exact_weight
+from model import exact_weight, linear
 
 
 class Prompt(NamedTuple):
@@ -149,7 +149,7 @@ def accumulate(student, states, teacher_logits, loss, share, chunk=128, also=Non
     `share` is what one token weighs in the batch's mean; the values returned are the same weighted sums. also(loss), if given,
     returns a further term, 0-d, and what it is worth, which goes back in the same pass.
     """
-    x, w, total = states.detach(), student.head_weight, torch.zeros(2)
+    x, w, total = states.detach(), student.head_weight, torch.zeros(2, device=states.device)
     wanted = [states, w] if w.requires_grad else [states]
     grad_x, grad_w = torch.empty_like(x), torch.zeros_like(w) if w.requires_grad else None
     chunk = min(chunk, math.ceil(len(x) / 3))
@@ -160,16 +160,16 @@ def accumulate(student, states, teacher_logits, loss, share, chunk=128, also=Non
             v = min(logits.size(-1), len(w))  # a larger teacher's vocabulary may be padded further: compare the ids they share
             log_s, log_t, work = blocks[:, :len(logits), :v]
             torch.log_softmax(work.copy_(logits[:, :v]), -1, out=log_t)
-            logits = student.head(x[rows])
+            logits = linear(x[rows], w)
             torch.log_softmax(work.copy_(logits[:, :v]), -1, out=log_s)
             del logits
             value, kl, g = GRADIENTS[loss](log_s, log_t, work)
-            total += share * torch.stack((value.sum(), kl.sum())).cpu()
+            total += share * torch.stack((value.sum(), kl.sum()))
             g = g.mul_(share).to(x.dtype)
             grad_x[rows] = g @ w[:v]
             if w.requires_grad:
                 grad_w[:v].addmm_(g.mT, x[rows])
-    gradients = [grad_x, grad_w][:len(wanted)]
+    total, gradients = total.cpu(), [grad_x, grad_w][:len(wanted)]
     if also:
         term, worth = also(total[0])
         wanted, gradients = [*wanted, term], [*gradients, torch.full_like(term, float(worth))]

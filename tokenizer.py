@@ -141,16 +141,19 @@ def _pattern(spec, folder):
         return GPT2_PATTERN
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and by_regex:
         return DIGITS_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not by_regex:
+    if kinds == ["Split", "ByteLevel"] and not by_regex and "Regex" in steps[0]["pattern"]:
         return steps[0]["pattern"]["Regex"]
     raise ValueError(f"{folder}/tokenizer.json: the pre-tokenizer {' + '.join(kinds)} is not supported")
 
 
 def _json(path, default=None):
-    """A JSON file; `default` if it is given and the file is missing. ValueError on a file that is not JSON."""
+    """A JSON file's object; `default` if it is given and the file is missing. ValueError on any other file."""
     if default is not None and not path.exists():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value

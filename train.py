@@ -10,7 +10,6 @@ each of which trains or damages the student and measures it: healthy, degraded, 
 Where this departs from the paper, or fills in what it leaves open, is listed in README.
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import datetime
@@ -22,7 +21,6 @@ import platform
 import re
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,6 +174,10 @@ def check_options(c):
     for how in c.recover.split(","):
         if how not in WAYS:
             raise ValueError(f"--recover: unknown way {how!r}: choose of {', '.join(WAYS)}")
+    for folder in (c.model, c.bootstrap, c.degrade.split(",")[0], *c.teacher.split(",")):
+        path = Path(folder).resolve()
+        if path.is_dir() and path.parent == Path(c.out).resolve() and path.name.startswith("student"):
+            raise ValueError(f"{folder} lies in --out, where this run would overwrite it: choose another --out")
     if "" in c.teacher.split(",") or c.bootstrap in ("healthy", "base"):
         raise ValueError("--teacher takes names or folders by commas, none of them empty, and --bootstrap a folder")
     if c.cka_balance and not c.cka_weight:
@@ -213,12 +215,13 @@ def prepare(c):
     models, student = read_models(c, folder, start, damage, tokenizer, text[:4000])
     stages, recoveries = plan(c, start, damage, tokenizer, tasks, forgetting)
 
-    measured = {t.name: t for t in [*tasks, *forgetting, *further]}
+    measured = {t.name: t for t in [*tasks, *forgetting, *further] if t.eval}  # a text may have the name of a task
     splits = {f"{t.name}_{name}": evaluate.spread(es, c.eval_limit) for t in measured.values() for name, es in t.eval.items()}
     texts = {"perplexity": text} | {f"perplexity_{Path(t).stem}": data.read_text(t) for t in c.eval.split(",") if is_text(t)}
     context = min(m.config.context_length for m in [student, *models.values()])
     windows = {metric: data.text_windows(tokenizer, text, length=min(256, context)) for metric, text in texts.items()}
-    calibration = calibration_sequences(c, tokenizer, tasks) if "ffn" in damage or "wanda" in damage or c.stop_after else []
+    needed = "ffn" in damage or "wanda" in damage or c.stop_after
+    calibration = evaluate.calibration_sequences(c, tokenizer, tasks) if needed else []
     sequences = evaluate.cka_sequences(c, tokenizer, [*tasks, *forgetting], windows["perplexity"])
     check_prompts(c, [*stages, *recoveries], splits, [*sequences.values(), calibration], tokenizer, context)
     facts = {"model": str(folder), "parameters": sum(p.numel() for p in student.parameters()), "damage": {},
@@ -255,6 +258,9 @@ def read_models(c, folder, start, damage, tokenizer, text):
         theirs = models.get(name, models["base"]).config  # the healthy model has the shape of the base
         if c.ema and (theirs != student.config or "ffn" in damage):
             raise ValueError(f"--ema: a teacher can only follow a student of its own shape, and {name} is of another")
+        if "sdft" in c.recover and theirs.vocab_size < student.config.vocab_size:
+            raise ValueError(f"{name} knows {theirs.vocab_size} ids and the student may say any of {student.config.vocab_size}: "
+                             "it can teach by --recover kd")
         if c.cka_weight and theirs.n_layer != student.config.n_layer:
             raise ValueError(f"--cka-weight: {name} has {theirs.n_layer} layers and the student {student.config.n_layer}")
     return models, student
@@ -334,12 +340,6 @@ def check_prompts(c, stages, splits, sequences, tokenizer, context_length):
                          f"more than the model's context of {context_length}")
 
 
-def calibration_sequences(c, tokenizer, tasks):
-    """Ids of training examples, with their answers, that activations are taken from; text is read to 128 tokens."""
-    examples = data.batches(tasks, 1, c.calibration, c.seed)[0]
-    return [data.student_prompt(tokenizer, e, 128) + (tokenizer.answer(e.response) if e.chat else []) for e in examples]
-
-
 def prepare_out(out):
     """Make --out, last of all, and take away an earlier run's results, which a run that dies would leave standing."""
     try:
@@ -366,13 +366,13 @@ def execute(run):
         nonlocal states
         if stage.how != "none":
             student = trainable_(c, student, run.models["base"])
-            with timed(seconds, stage.name + " training"):
+            with machine.timed(seconds, stage.name + " training"):
                 teach_(run, student, stage)
             student = parallel.plain_copy(student, torch.float32)
         if stage.damage:
             run.facts["damage"] = prune.damage_(student, stage.damage, run.calibration, c.importance, c.group_size or None,
                                                 c.symmetric, c.double_quant)
-        with timed(seconds, stage.name):
+        with machine.timed(seconds, stage.name):
             if stage.how == "none" and stage in run.recoveries:
                 stages[stage.name] = stages["degraded"]
                 return student
@@ -386,8 +386,10 @@ def execute(run):
     for stage in run.stages:
         run.student = go(run.student, stage)
     stages.setdefault("degraded", stages["healthy"])  # --degrade none
-    for i, stage in enumerate(run.recoveries):
-        students[stage.name] = go(copy.deepcopy(run.student) if run.recoveries[i + 1:] else run.student, stage)
+    for i, stage in enumerate(run.recoveries):  # whoever waits, or is done, does so beside the CPU
+        last = i + 1 == len(run.recoveries)
+        student = go((run.student if last else copy.deepcopy(run.student.cpu())).to(c.device), stage)
+        students[stage.name] = student.cpu() if parallel.rank() == 0 else None
 
     fractions = {stage.name: {m: evaluate.recovered_fraction(stages["healthy"], stages["degraded"], stages[stage.name], m)
                               for m in stages["healthy"].items} for stage in run.recoveries}
@@ -447,14 +449,6 @@ def teach_(run, student, stage):
                          loss=sdft.LOSSES[stage.loss or c.loss], **settings)
         if watch:
             watch.restore()
-
-
-@contextlib.contextmanager
-def timed(seconds, name):
-    """seconds[name] = how long the body took."""
-    began = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - began
 
 
 def environment(run):

@@ -1,6 +1,9 @@
-"""A throwaway model folder: a tiny random Llama with a tokenizer of single bytes and ChatML."""
+"""A throwaway model folder: a tiny random Llama with a tokenizer of single bytes and ChatML. The tests compute on the CPU."""
 import json
+import os
 from dataclasses import replace
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; what the tests start inherits it
 
 import pytest
 import torch

@@ -337,6 +337,8 @@ UNSUPPORTED = {
     "no pre-tokenizer": (set_pre_tokenizer(None), "pre-tokenizer"),
     "a space put in front": (set_pre_tokenizer({**BYTE_LEVEL, "add_prefix_space": True}), "ByteLevel"),
     "no split at all": (set_pre_tokenizer({**BYTE_LEVEL, "use_regex": False}), "ByteLevel"),
+    "a split at a string": (set_pre_tokenizer({"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"String": " "}}, {**BYTE_LEVEL, "use_regex": False}]}), "Split"),
     "lower case": (lambda spec: spec.update(normalizer={"type": "Lowercase"}), "Lowercase"),
 }
 
@@ -354,9 +356,10 @@ def test_a_tokenizer_that_would_differ_is_refused_by_name(what, tmp_path):
 def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/tokenizer.json: not JSON"):
-        load_tokenizer(tmp_path)
+    for text, says in (("{", "not JSON"), ("[]", "not a JSON object")):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/tokenizer.json: {says}"):
+            load_tokenizer(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

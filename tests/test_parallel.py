@@ -85,12 +85,19 @@ def children(pid):
 
 
 @pytest.mark.parametrize("mistake, says", [(["--model", "nowhere"], "nowhere"), (["--batch-size", "3"], "2 processes"),
-                                           (["--out", "/dev/null/out"], "--out /dev/null/out")])
+                                           (["--out", "/dev/null/out"], "--out /dev/null/out"),
+                                           (["--stepz", "1"], "stepz")])
 def test_a_mistake_is_one_line_from_one_process(mistake, says, folder, tmp_path):
     done = run(TORCHRUN, "--model", folder, "--out", tmp_path / "out", *mistake)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode and len(lines) == 1 and says in lines[0], done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_variables_of_another_launcher_start_nothing(monkeypatch):
+    """A container may say WORLD_SIZE of something else; torchrun says more."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parallel.start("cpu") == "cpu" and parallel.size() == 1 and parallel.first_to_speak()
 
 
 def test_shares_are_everything_once_in_order(monkeypatch):

@@ -50,11 +50,12 @@ def test_a_broken_model_is_valid_json_and_no_recovery(tmp_path):
     assert json.loads(text) == {"a": [None, [1.5, None]], "b": {"c": None, "d": None, "e": "nan"}}
     write(tmp_path / "a", 0, 38.0)
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    results["stages"]["recovered"]["task"] = math.inf
+    results["stages"]["recovered"]["task"] = results["stages"]["degraded"]["perplexity"] = math.inf
     results["cka"]["samples"]["recovered"]["linear"] = [math.nan] * 2
     (tmp_path / "a" / "results.json").write_text(report.to_json(results))
     runs = report.read_runs([tmp_path], DEFAULTS)
     assert "| `--degrade int4` | task % |  | 50.0 | 20.0 | nan | nan | nan |" in report.tables(runs)
+    assert "| `--degrade int4` | perplexity |  | 10.00 | nan | 12.00 | 12.00 | nan |" in report.tables(runs)
     assert "| `--degrade int4` | samples | linear | 0.900 | nan | 0.950 | nan |" in report.tables(runs)
 
 

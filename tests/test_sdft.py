@@ -292,9 +292,9 @@ def test_a_shared_beginning_passes_once_with_the_same_states_and_gradients():
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
     (states * weights).sum().backward()
     (alone * weights).sum().backward()
-    for name, p in one.layers.named_parameters():
-        torch.testing.assert_close(p.grad, other.layers.get_parameter(name).grad, rtol=1e-4, atol=1e-5, msg=name)
-    torch.testing.assert_close(one.embed_tokens.weight.grad, other.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
+    for name, p in one.named_parameters():  # in float32, where single entries near 0 are sums of much larger ones
+        expected = other.get_parameter(name).grad
+        assert p.grad is expected is None or (p.grad - expected).norm() <= 3e-6 * expected.norm(), name
 
 
 def test_micro_batches_keep_rows_that_begin_alike_together():

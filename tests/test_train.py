@@ -216,7 +216,7 @@ def test_future_work_of_section_6(folder, tmp_path):
     healthy, sequences = run.models["base"], run.calibration
     student = train.trainable_(run.config, run.student, healthy)
     watch = train.evaluate.Watch(student, healthy, sequences, 2, every=2)
-    answers, w = [], student.layers[0].mlp.up_proj.parametrizations.weight.original
+    answers, w = [], next(p for name, p in student.named_parameters() if "up_proj" in name)
     kept = w.detach().clone()
     for _ in range(6):
         answers.append(watch())
@@ -365,6 +365,8 @@ def mistakes(tmp_path, folder):
         ([*m, "--degrade", "forget,int9"], "int9"),
         ([*m, "--degrade", str(folder), "--bootstrap", str(folder)], "--bootstrap"),
         ([*m, "--degrade", "forget", "--forget-data", "text", "--forget-steps", "0"], "--forget-steps"),
+        ([*m, "--teacher", str(folder), "--model", str(make_folder(tmp_path / "wide", padding=8))], "267"),
+        (["--out", f"{tmp_path}/kept", "--model", str(make_folder(tmp_path / "kept" / "student"))], "overwrite"),
         (["--report", str(tmp_path / "missing")], "no results.json"),
         ([*m, "--out", f"{tmp_path}/a_file/out"], "--out"),
     ]
@@ -388,9 +390,23 @@ def test_a_mistyped_option_is_one_line_too(argv, says, capsys):
     assert len(error) == 1 and error[0].startswith("error: ") and says in error[0]
 
 
+def test_a_text_may_have_the_name_of_a_task(folder, tmp_path):
+    (tmp_path / "words.jsonl").write_text("".join(f'{{"prompt": "Say {w}.", "response": "{w}"}}\n' for w in "abcdefghij"))
+    (tmp_path / "words.txt").write_text("\n\n".join(f"{i}: " + "A text of one's own, to go on with. " * 6 for i in range(20)))
+    assert job(folder, tmp_path / "out", "--data", f"{tmp_path}/words.jsonl,{tmp_path}/words.txt") == 0
+    assert set(results(tmp_path / "out")["stages"]["healthy"]) == {"words_held_out", "perplexity"}
+
+
 def test_a_broken_model_has_infinite_perplexity():
     assert train.evaluate.Measurement({"perplexity": torch.tensor([800.0])}, [], {}, []).value("perplexity") == math.inf
     assert train.report.chart([0.0, math.nan, 1.0], 0.0) == "▁?█"
+
+
+def test_the_chart_of_a_run_that_broke_is_drawn(folder, out):
+    broken = results(out)
+    broken["cka"]["tokens"] = {"recovered": dict.fromkeys(("linear", "linear_debiased"), [math.nan, 0.5]),
+                               "degraded": dict.fromkeys(("linear", "linear_debiased"), [0.5, 1.0])}
+    assert "recovered  ?▁" in train.report.text(broken, {"healthy": []})
 
 
 def test_nothing_happens_on_import_and_help_names_every_field():

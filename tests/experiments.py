@@ -53,6 +53,16 @@ def main():
         subprocess.run([*TRAIN, "--report", f"runs/{experiment}", "--out", f"runs/{experiment}"], check=True)
 
 
+def with_options(options, further):
+    """Both, as one command line: what comes later wins, but for --eval, of which everything is measured."""
+    both = [*options, *further]
+    asked = [i for i, word in enumerate(both) if word == "--eval"]
+    for i in asked[:0:-1]:
+        both[asked[0] + 1] += "," + both[i + 1]
+        del both[i:i + 2]
+    return both
+
+
 def run(options, out, further, keep=False):
     """One run of train.py, unless it is done; its models are deleted but for keep."""
     if (out / "results.json").exists():
@@ -61,10 +71,11 @@ def run(options, out, further, keep=False):
         sys.path.insert(0, str(Path(__file__).parent.parent))
         import fetch
         options = options.replace("BASE", str(fetch.default_model()))
-    print(f"python train.py {options} {' '.join(further)}", flush=True)
+    command = with_options(options.split(), further)
+    print(f"python train.py {' '.join(command)}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.txt", "w") as log:
-        done = subprocess.run([*TRAIN, *options.split(), *further, "--out", str(out)], stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.run([*TRAIN, *command, "--out", str(out)], stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         sys.exit(f"error: this run failed (exit code {done.returncode}); see {out}/log.txt")
     for folder in out.glob("student*") if not keep else ():

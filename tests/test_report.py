@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from experiments import EXPERIMENTS
+from experiments import EXPERIMENTS, with_options
 
 import report
 import train
@@ -116,3 +116,9 @@ def test_every_experiment_is_a_command_line(name):
         train.check_options(c)
         train.prune.check_damage(GPTConfig(), train.split_damage(c.degrade)[1], c.group_size)  # of the default model
     assert len(seeds) >= 3 and (name != "sweep" or len(runs) >= 20)
+
+
+def test_what_an_experiment_and_its_caller_want_measured_is_measured():
+    assert with_options(["--eval", "a", "--seed", "0"], ["--eval", "b,c", "--steps", "2"]) == [
+        "--eval", "a,b,c", "--seed", "0", "--steps", "2"]
+    assert with_options(["--seed", "0"], ["--eval", "b"]) == ["--seed", "0", "--eval", "b"]

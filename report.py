@@ -83,7 +83,8 @@ def draw(results, steps, path):
     middle.set(title="CKA with the healthy model (linear, debiased)", xlabel="layer")
     middle.legend()
     if last in results["cka_layers"]:
-        picture = right.imshow(results["cka_layers"][last], origin="lower", vmin=0, vmax=1)
+        layers = results["cka_layers"][last]
+        picture = right.imshow(layers, origin="lower", vmin=0, vmax=1, extent=[0.5, len(layers) + 0.5] * 2)  # layers from 1 on
         right.set(title=f"CKA over samples, {last} x healthy", xlabel="layer of the healthy model", ylabel=f"layer, {last}")
         figure.colorbar(picture)
     figure.savefig(path, dpi=120)

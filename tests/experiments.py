@@ -24,7 +24,8 @@ VARIANTS = ["--loss forward_kl", "--loss reverse_kl", "--loss jsd", "--no-demo",
 SMALL = "runs/small/student"  # of Table 5: the default model without three tenths of its neurons
 
 EXPERIMENTS = {  # name -> (options of each run, seeds)
-    "table1": (["--degrade forget --teacher base,healthy --lr 5e-5 --eval-limit 150"], (0, 1, 2)),
+    "table1": ([f"--degrade forget {how} --lr 5e-5 --eval-limit 150" for how in
+                ("--teacher base,healthy", "--teacher healthy --no-demo")], (0, 1, 2)),
     "table2": (["--degrade nf4 --data science,text", "--degrade nf4 --data tooluse,text --eval science"], (0, 1, 2)),
     "table4": (["--degrade ffn10 --data science,text", "--degrade ffn10 --data tooluse,text --eval science"], (0, 1, 2)),
     "table5": ([f"--model {SMALL} --degrade none --steps 50", f"--model {SMALL} --degrade none --bootstrap BASE"], (0, 1, 2)),

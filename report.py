@@ -41,13 +41,15 @@ def text(results, answers):
 
 def to_json(value, **layout):
     """json.dumps, where null stands for what JSON has no word for: the infinities and nan of a model that training broke."""
-    def finite(x):
-        if isinstance(x, dict):
-            return {k: finite(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [finite(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    return json.dumps(finite(value), allow_nan=False, **layout)
+    finite = _each(value, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
+    return json.dumps(finite, allow_nan=False, **layout)
+
+
+def _each(x, change):
+    """The same structure of dicts and lists, with every leaf changed."""
+    if isinstance(x, dict):
+        return {k: _each(v, change) for k, v in x.items()}
+    return [_each(v, change) for v in x] if isinstance(x, (list, tuple)) else change(x)
 
 
 def recovered_fractions(results):
@@ -125,7 +127,7 @@ def read_runs(paths, defaults):
         for file in sorted(files - seen):
             try:
                 results = json.loads(file.read_text(encoding="utf-8"))
-                results |= {key: _nan_for_null(results[key]) for key in ("stages", "cka")}
+                results |= {key: _each(results[key], lambda x: math.nan if x is None else x) for key in ("stages", "cka")}
                 stages = [stage for stage in results["stages"] if stage.startswith("recovered")]
                 name = _name(results["config"], defaults)
                 if "healthy" not in results["stages"]:
@@ -137,13 +139,6 @@ def read_runs(paths, defaults):
     if not runs:
         raise ValueError(f"--report {' '.join(map(str, paths))}: no run in it has a recovery")
     return runs
-
-
-def _nan_for_null(x):
-    """The way back from `to_json`."""
-    if isinstance(x, dict):
-        return {k: _nan_for_null(v) for k, v in x.items()}
-    return [_nan_for_null(v) for v in x] if isinstance(x, list) else math.nan if x is None else x
 
 
 def _name(config, defaults):

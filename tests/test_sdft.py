@@ -278,9 +278,11 @@ def test_accumulate_never_holds_more_than_two_vocabulary_wide_blocks(loss):
     assert peak_blocks(plain, n, v) > 4  # the tracker does see what the plain way holds
 
 
-def test_a_shared_beginning_passes_once_with_the_same_states_and_gradients():
-    """Against each row alone: 5 rows that begin with the same 7 tokens, the last of which ends where the others go on."""
-    one, widths = tiny(), []
+def test_a_shared_beginning_passes_once_with_the_same_states_and_gradients(monkeypatch):
+    """Against each row alone: 5 rows that begin with the same 7 tokens, the last of which ends where the others go on.
+    All in float64: in float32, entries near 0 that are sums of larger ones differ by more than this, on some processors."""
+    monkeypatch.setattr("model.attention_dtype", lambda device, dtype: dtype)
+    one, widths = tiny().double(), []
     other, completions = copy.deepcopy(one), ragged(5, seed=2)
     prompts = [[1, 2, 3, 4, 5, 6, 7] + tail for tail in ragged(4, seed=1) + [[]]]
     one.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[:2]))
@@ -292,9 +294,9 @@ def test_a_shared_beginning_passes_once_with_the_same_states_and_gradients():
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
     (states * weights).sum().backward()
     (alone * weights).sum().backward()
-    for name, p in one.named_parameters():  # in float32, where single entries near 0 are sums of much larger ones
-        expected = other.get_parameter(name).grad
-        assert p.grad is expected is None or (p.grad - expected).norm() <= 3e-6 * expected.norm(), name
+    for name, p in one.layers.named_parameters():
+        torch.testing.assert_close(p.grad, other.layers.get_parameter(name).grad, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(one.embed_tokens.weight.grad, other.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_micro_batches_keep_rows_that_begin_alike_together():

@@ -218,7 +218,11 @@ def prepare(c):
     measured = {t.name: t for t in [*tasks, *forgetting, *further] if t.eval}  # a text may have the name of a task
     splits = {f"{t.name}_{name}": evaluate.spread(es, c.eval_limit) for t in measured.values() for name, es in t.eval.items()}
     texts = {"perplexity": text} | {f"perplexity_{Path(t).stem}": data.read_text(t) for t in c.eval.split(",") if is_text(t)}
-    context = min(m.config.context_length for m in [student, *models.values()])
+    context, known = (min(getattr(m.config, size) for m in [student, *models.values()])
+                      for size in ("context_length", "vocab_size"))
+    if max(tokenizer.bytes_of) >= known:
+        raise ValueError(f"{folder}: its tokenizer has the id {max(tokenizer.bytes_of)}, but a model of this run knows only "
+                         f"{known} ids")
     windows = {metric: data.text_windows(tokenizer, text, length=min(256, context)) for metric, text in texts.items()}
     needed = "ffn" in damage or "wanda" in damage or c.stop_after
     calibration = evaluate.calibration_sequences(c, tokenizer, tasks) if needed else []
@@ -479,7 +483,7 @@ def main(argv=None):
     """The command line; returns the exit code, 2 for a user's mistake."""
     config = parse(argv)
     if config.report:
-        return collected(config)
+        return collected(config) if parallel.first_to_speak() else 0
     config.device = parallel.start(config.device)
     try:
         with parallel.together():

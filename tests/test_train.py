@@ -314,6 +314,7 @@ def mistakes(tmp_path, folder):
         (["--model", copy_with("short", edit_config(max_position_embeddings=64))], "context of 64"),
         (["--model", copy_with("words", edit_config(num_hidden_layers="two"))], "config.json"),
         (["--model", copy_with("list", lambda path: (path / "config.json").write_text("[]"))], "config.json"),
+        (["--model", str(make_folder(tmp_path / "few", padding=-1))], "the id 258, but a model of this run knows only 258"),
         (["--model", copy_with("brackets", lambda path: (path / "tokenizer.json").write_text("{}"))], "byte-level BPE"),
         ([*m, "--degrade", "int9"], "int9"),
         ([*m, "--degrade", "ffn5,int4", "--group-size", "9999"], "9999"),

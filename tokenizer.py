@@ -35,7 +35,8 @@ class Tokenizer:
             if token not in self.added and all(c in byte_of for c in token):
                 ids.setdefault(bytes(byte_of[c] for c in token), i)
         self.id_of = list(ids.values())
-        self.bytes_of = {i: token for token, i in ids.items()} | {i: token.encode() for token, i in self.added.items()}
+        self.bytes_of = {i: token for token, i in ids.items() if i is not None}
+        self.bytes_of |= {i: token.encode() for token, i in self.added.items()}
         ranks = {token: rank for rank, token in enumerate(ids)}
         self.encoding = tiktoken.Encoding("folder", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.pattern, self.normal_form, self.eos, self.chat_template = pattern, normal_form, eos, chat_template

@@ -1,6 +1,7 @@
 """A GPU run without a GPU: tensors that say they lie on cuda:0, are computed on the CPU, and refuse to meet one that lies there.
 
-So everything is seen to be where it belongs. Of speed, memory and CUDA's own kernels this says nothing.
+So the runs below, of one Llama in one process, are seen never to mix devices. Of speed, memory and CUDA's own kernels this says
+nothing.
 """
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import train
 
 CUDA = torch.device("cuda", 0)
+done_there = set()  # names of the operations whose results lie there
 
 
 class There(torch.Tensor):
@@ -72,6 +74,7 @@ def compute(func, args, kwargs):
     kwargs = {**kwargs, "device": "cpu"} if asked else kwargs
     args, kwargs = tree_map(lambda x: x.held if isinstance(x, There) else x, (args, kwargs))
     result = func(*args, **kwargs)
+    done_there.update([name] if to_there else [])
     return tree_map(lambda x: There(x) if isinstance(x, torch.Tensor) else x, result) if to_there else result
 
 
@@ -95,6 +98,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     on_cpu = torch.tensor  # which goes past a dispatch mode
     monkeypatch.setattr(torch, "tensor", lambda data, *, device="cpu", **kw: on_cpu(data, **kw).to(device))
+    done_there.clear()
     with PretendedGPU():
         yield
 
@@ -107,7 +111,7 @@ def test_the_pretended_gpu_refuses_what_a_real_one_does(gpu):
                lambda: torch.rand(3, generator=torch.Generator(), device=CUDA), there.numpy,
                lambda: there.index_put_((torch.arange(3),), here)]
     for operation in refused:
-        with pytest.raises((RuntimeError, TypeError)):
+        with pytest.raises((RuntimeError, TypeError), match="two devices|generator of the CPU|memory of a GPU"):
             operation()
 
 
@@ -125,3 +129,4 @@ def test_a_run_keeps_everything_where_it_belongs(wide, gpu, options, tmp_path):
            "--max-new-tokens 3 --answer-tokens 3 --eval-limit 4 --calibration 4")
     command = f"--model {wide} --device cuda:0 --out {tmp_path}/out --text {tmp_path}/short.txt {few} {options}"
     assert train.main(command.format(choices=tmp_path / "choices.jsonl").split()) == 0
+    assert {"aten.mm.default", "aten.argmax.default", "aten.silu_backward.default"} <= done_there  # answered and trained there

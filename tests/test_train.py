@@ -391,6 +391,14 @@ def test_a_mistyped_option_is_one_line_too(argv, says, capsys):
     assert len(error) == 1 and error[0].startswith("error: ") and says in error[0]
 
 
+def test_a_vocabulary_may_lack_bytes(tmp_path):
+    folder = make_folder(tmp_path / "lacking", padding=0)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    del spec["model"]["vocab"]["\u0100"]  # which stands for the byte 0
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert job(folder, tmp_path / "out") == 0
+
+
 def test_a_text_may_have_the_name_of_a_task(folder, tmp_path):
     (tmp_path / "words.jsonl").write_text("".join(f'{{"prompt": "Say {w}.", "response": "{w}"}}\n' for w in "abcdefghij"))
     (tmp_path / "words.txt").write_text("\n\n".join(f"{i}: " + "A text of one's own, to go on with. " * 6 for i in range(20)))

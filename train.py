@@ -218,11 +218,7 @@ def prepare(c):
     measured = {t.name: t for t in [*tasks, *forgetting, *further] if t.eval}  # a text may have the name of a task
     splits = {f"{t.name}_{name}": evaluate.spread(es, c.eval_limit) for t in measured.values() for name, es in t.eval.items()}
     texts = {"perplexity": text} | {f"perplexity_{Path(t).stem}": data.read_text(t) for t in c.eval.split(",") if is_text(t)}
-    context, known = (min(getattr(m.config, size) for m in [student, *models.values()])
-                      for size in ("context_length", "vocab_size"))
-    if max(tokenizer.bytes_of) >= known:
-        raise ValueError(f"{folder}: its tokenizer has the id {max(tokenizer.bytes_of)}, but a model of this run knows only "
-                         f"{known} ids")
+    context = min(m.config.context_length for m in [student, *models.values()])
     windows = {metric: data.text_windows(tokenizer, text, length=min(256, context)) for metric, text in texts.items()}
     needed = "ffn" in damage or "wanda" in damage or c.stop_after
     calibration = evaluate.calibration_sequences(c, tokenizer, tasks) if needed else []
@@ -257,6 +253,9 @@ def read_models(c, folder, start, damage, tokenizer, text):
         student = GPT.from_pretrained(start, dtype if c.train == "lora" else torch.float32, c.device)
         if student.config.n_layer != models["base"].config.n_layer:
             raise ValueError(f"{start} has {student.config.n_layer} layers and {folder} {models['base'].config.n_layer}")
+    highest, known = max(tokenizer.bytes_of), min(m.config.vocab_size for m in [student, *models.values()])
+    if highest >= known:
+        raise ValueError(f"{folder}: its tokenizer has the id {highest}, but a model of this run knows only {known} ids")
     prune.check_damage(student.config, damage, c.group_size)
     for name in c.teacher.split(","):
         theirs = models.get(name, models["base"]).config  # the healthy model has the shape of the base

@@ -5,7 +5,6 @@ nothing.
 """
 import pytest
 import torch
-from conftest import make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -85,11 +84,6 @@ class PretendedGPU(TorchDispatchMode):
         return compute(func, args, kwargs or {})
 
 
-@pytest.fixture(scope="session")  # and so made on the CPU
-def wide(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("wide"), d_model=64, head_dim=16)
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     told = {"_lazy_init": None, "is_available": True, "device_count": 1, "get_device_name": "pretended",
@@ -122,11 +116,11 @@ def test_the_pretended_gpu_refuses_what_a_real_one_does(gpu):
     "--degrade int4 --ema 0.1 --cka-weight 1 --cka-balance --moments bfloat16 --stop-after 1 --steps 5",
     "--degrade int4 --eval {choices} --dtype float32 --micro-batch 2",
 ])
-def test_a_run_keeps_everything_where_it_belongs(wide, gpu, options, tmp_path):
+def test_a_run_keeps_everything_where_it_belongs(folder, gpu, options, tmp_path):
     (tmp_path / "choices.jsonl").write_text('{"prompt": "a", "choices": ["b", "cd"], "answer": 1}\n')
     (tmp_path / "short.txt").write_text("Some text to measure a perplexity on. " * 4)
-    few = ("--steps 2 --expert-steps 1 --forget-steps 1 --batch-size 4 --cka-samples 4 "
+    few = ("--steps 2 --expert-steps 1 --forget-steps 1 --batch-size 4 --cka-samples 4 --group-size 16 "
            "--max-new-tokens 3 --answer-tokens 3 --eval-limit 4 --calibration 4")
-    command = f"--model {wide} --device cuda:0 --out {tmp_path}/out --text {tmp_path}/short.txt {few} {options}"
+    command = f"--model {folder} --device cuda:0 --out {tmp_path}/out --text {tmp_path}/short.txt {few} {options}"
     assert train.main(command.format(choices=tmp_path / "choices.jsonl").split()) == 0
     assert {"aten.mm.default", "aten.argmax.default", "aten.silu_backward.default"} <= done_there  # answered and trained there

@@ -392,7 +392,7 @@ def test_a_mistyped_option_is_one_line_too(argv, says, capsys):
 
 
 def test_a_vocabulary_may_lack_bytes(tmp_path):
-    folder = make_folder(tmp_path / "lacking", padding=0)
+    folder = make_folder(tmp_path / "lacking")
     spec = json.loads((folder / "tokenizer.json").read_text())
     del spec["model"]["vocab"]["\u0100"]  # which stands for the byte 0
     (folder / "tokenizer.json").write_text(json.dumps(spec))

@@ -1,8 +1,9 @@
-"""Centered Kernel Alignment (§4): how alike two models represent the same inputs, whatever the rotation or scale.
+"""Centered Kernel Alignment (§4): how alike two models represent the same inputs.
 
-First the estimators on matrices, then the paper's two ways of making the matrices from hidden states. Notation: n rows (tokens or
-samples), d features, K = H H^T the Gram matrix [n, n]. Leading dimensions, such as one per layer, are carried along. All is
-computed in float64: near 1, the differences that matter are in the third digit and beyond.
+First the estimators on matrices, then the paper's two ways of making the matrices from hidden
+states. Rotation and scale change nothing. Notation: n rows (tokens or samples), d features,
+K = H H^T the Gram matrix [n, n]. Leading dimensions, such as one per layer, are carried along. All
+is float64: near 1, the differences that matter are in the third digit and beyond.
 """
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -11,27 +12,48 @@ KINDS = ("linear", "linear_debiased", "rbf", "rbf_debiased")
 
 
 def linear_cka(x, y, debiased=False):
-    """Linear CKA of x [..., n, d1] and y [..., n, d2] -> float64 [...], 0-d for two matrices (§4.2-4.3, Eqs. 1-4).
+    """Linear CKA of x [..., n, d1] and y [..., n, d2]: float64 [...] (§4.2-4.3, Eqs. 1-4).
 
-    Biased: in [0, 1], and close to 1 for any two inputs when n < d. debiased=True removes that bias (and can be negative).
-    ValueError if the rows differ, or are fewer than 4 when debiased.
+    Biased: in [0, 1], and close to 1 for any two inputs when n < d. debiased=True removes that
+    bias, and can be negative. ValueError if the rows differ, or are fewer than 4 when debiased.
+
+    >>> x, y = torch.tensor([[1.], [0.], [-1.]]), torch.tensor([[1.], [0.], [0.]])
+    >>> linear_cka(x, y)  # one feature each: the squared correlation, 1^2 / (2 * 2/3)
+    tensor(0.7500, dtype=torch.float64)
+    >>> x, y = torch.tensor([[[1.], [1.], [-1.], [-1.]], [[1.], [-1.], [1.], [-1.]]])
+    >>> _u_center(x @ x.mT)[0]  # the Gram matrix of y has its 4/3 in the third place
+    tensor([ 0.0000,  1.3333, -0.6667, -0.6667])
+    >>> linear_cka(x, y, debiased=True)  # (-8/9 - 8/9 + 4/9) / (16/9 + 4/9 + 4/9)
+    tensor(-0.5000, dtype=torch.float64)
     """
     x, y = _centered(x), _centered(y)
     _check_rows(x, y, debiased)
     if not debiased and max(x.size(-1), y.size(-1)) < x.size(-2):
         return _linear_cka_features(x, y)
-    return _cka(x @ x.mT, y @ y.mT, debiased)
+    return _cka(x @ x.mT, y @ y.mT, debiased)  # Eqs. (1), (2): K_S = H_S H_S^T, K_T = H_T H_T^T
 
 
 def rbf_cka(x, y, threshold=1.0, debiased=False):
-    """CKA with the kernel exp(-|h_i - h_j|^2 / (2 sigma^2)), sigma^2 = threshold^2 * median squared distance (Kornblith 2019)."""
+    """CKA with the kernel exp(-|h_i - h_j|^2 / (2 sigma^2)) (Kornblith 2019), as `linear_cka`.
+
+    sigma^2 = threshold^2 * the median squared distance.
+
+    >>> x, y = torch.tensor([[[1.], [1.], [-1.], [-1.]], [[1.], [-1.], [1.], [-1.]]])
+    >>> rbf_cka(x, y, debiased=True)  # K is 1 or 1/e where the linear is 1 or -1: the same CKA
+    tensor(-0.5000, dtype=torch.float64)
+    """
     x, y = _centered(x), _centered(y)
     _check_rows(x, y, debiased)
     return _cka(rbf_gram(x @ x.mT, threshold), rbf_gram(y @ y.mT, threshold), debiased)
 
 
 def rbf_gram(k, threshold=1.0):
-    """Linear Gram matrix [..., n, n] -> RBF Gram matrix; the median is over all n^2 squared distances, zeros included."""
+    """The RBF Gram matrix of a linear one [..., n, n]. The median counts all n^2 distances.
+
+    >>> h = torch.tensor([[0.], [1.], [2.]])
+    >>> rbf_gram(h @ h.T)[0]  # the median of 3 * 0, 4 * 1, 2 * 4 is 1: exp(-0/2, -1/2, -4/2)
+    tensor([1.0000, 0.6065, 0.1353])
+    """
     norms = k.diagonal(dim1=-2, dim2=-1)
     distance = (norms[..., :, None] + norms[..., None, :] - 2 * k).clamp(min=0)
     ordered = distance.flatten(-2).sort(dim=-1).values
@@ -48,13 +70,12 @@ def _cka(k, l, debiased):
 
 
 def _center(k):
-    """C K C with C = I - 11^T/n. Eq. (3): tr(K_S C K_T C) is the sum of products of two such matrices."""
+    """C K C, C = I - 11^T/n. Eq. (3): tr(K_S C K_T C) is the sum of products of two of these."""
     return k - k.mean(-1, keepdim=True) - k.mean(-2, keepdim=True) + k.mean((-2, -1), keepdim=True)
 
 
 def _u_center(k):
-    """U-centering (Szekely & Rizzo 2014): the sum of products of two such matrices is n (n - 3) times the unbiased HSIC
-    of Song et al. (2012)."""
+    """K U-centred (Szekely & Rizzo 2014). As Eq. (3): n (n - 3) unbiased HSIC (Song et al 2012)."""
     n = k.size(-1)
     off_diagonal = 1 - torch.eye(n, dtype=k.dtype, device=k.device)
     k = k * off_diagonal
@@ -64,7 +85,7 @@ def _u_center(k):
 
 
 def _linear_cka_features(x, y):
-    """The same number from d x d matrices, for centred x, y: |Y^T X|^2 / (|X^T X| |Y^T Y|), cheaper when d < n."""
+    """|Y^T X|^2 / (|X^T X| |Y^T Y|) of centred x, y: `_cka` from d x d matrices, for d < n."""
     cross, xx, yy = (torch.linalg.matrix_norm(a.mT @ b) for a, b in ((y, x), (x, x), (y, y)))
     return cross ** 2 / (xx * yy)
 
@@ -75,32 +96,38 @@ def _centered(x):
 
 
 def _check_rows(x, y, debiased):
-    if x.size(-2) != y.size(-2):
-        raise ValueError(f"CKA compares the same rows: {x.size(-2)} in one, {y.size(-2)} in the other")
-    if debiased and x.size(-2) < 4:
+    n, m = x.size(-2), y.size(-2)
+    if n != m:
+        raise ValueError(f"CKA compares the same rows: {n} in one, {m} in the other")
+    if debiased and n < 4:
         raise ValueError("the debiased estimator needs at least 4 rows")
 
 
 @torch.no_grad()
-def hidden_states(model, sequences, last=False):
-    """Every block's output for each sequence of ids (prompt + ground truth): a list of [n_layer, T - 1, D] on the CPU.
+def hidden_states(model, sequences, last=False, done=None):
+    """Every block's output for each sequence of ids: a list of [n_layer, T - 1, D] on the CPU.
 
-    The first token is left out: its huge norm would decide every similarity by itself. last: only the last, [n_layer, 1, D].
+    A sequence is a prompt and its ground truth, less the first token: its huge norm would decide
+    every similarity. last: the last token only. done(n): called with how many were just read.
     """
-    device, states = model.device, [None] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # rows of like length together, little padding
+    states = [None] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
     for batch in (order[start:start + 8] for start in range(0, len(order), 8)):
         rows = [torch.tensor(sequences[i]) for i in batch]
-        layers = model.backbone(pad_sequence(rows, batch_first=True).to(device), hidden=True)[1]
-        layers = torch.stack(layers).float().cpu()  # [n_layer, B, T, D]
+        ids = pad_sequence(rows, batch_first=True).to(model.device)
+        layers = torch.stack(model.backbone(ids, hidden=True)[1])  # [n_layer, B, T, D]
+        layers = layers.float().cpu()
         for row, i in enumerate(batch):
-            states[i] = layers[:, row, len(sequences[i]) - 1 if last else 1:len(sequences[i])].clone()
+            length = len(sequences[i])
+            states[i] = layers[:, row, length - 1 if last else 1:length].clone()
+        if done:
+            done(len(batch))
     return states
 
 
 def token_level(a, b):
-    """§4.2: CKA over the tokens of each sequence, averaged over sequences; a, b from `hidden_states` -> {kind: [n_layer]}."""
-    pairs = [(x, y) for x, y in zip(a, b) if x.size(1) >= 4]  # the debiased estimator needs as many
+    """{kind: [n_layer]}: §4.2, CKA over the tokens of each sequence, averaged over sequences."""
+    pairs = [(x, y) for x, y in zip(a, b) if x.size(1) >= 4]  # the debiased estimator needs 4
     if not pairs:
         raise ValueError("token-level CKA needs a sequence of at least 5 tokens")
     total = sum(torch.stack(list(_all_kinds(x, y).values())) for x, y in pairs) / len(pairs)
@@ -108,18 +135,24 @@ def token_level(a, b):
 
 
 def sample_level(a, b):
-    """§5.4: one vector per sequence, at its last token (the paper does not say which), each dimension z-scored."""
+    """{kind: [n_layer]}: §5.4, CKA over sequences, one vector each: the last token's, z-scored."""
     return {kind: value.tolist() for kind, value in _all_kinds(_samples(a), _samples(b)).items()}
 
 
 def between_layers(a, b):
-    """Debiased linear CKA of every layer of a with every layer of b, as `sample_level` -> [n_layer of a][n_layer of b]."""
+    """[n_layer of a][n_layer of b]: debiased linear CKA of all pairs of layers, as `sample_level`.
+
+    >>> b = [torch.tensor([[[v]], [[w]]]) for v, w in ((1., 1.), (1., -1.), (-1., 1.), (-1., -1.))]
+    >>> a = [h[:1] for h in b]  # 4 sequences of one token; a has the first of b's two layers
+    >>> torch.tensor(between_layers(a, b))
+    tensor([[ 1.0000, -0.5000]])
+    """
     k, l = (_u_center(x @ x.mT).flatten(1) for x in (_samples(a), _samples(b)))  # [n_layer, n n]
     return ((k @ l.mT) / (k.norm(dim=1)[:, None] * l.norm(dim=1))).tolist()
 
 
 def _samples(states):
-    """The last token of each sequence, every dimension z-scored: [n_layer, n, D]."""
+    """Each sequence's last token (the paper names none), dimensions z-scored: [n_layer, n, D]."""
     x = torch.stack([h[:, -1] for h in states], dim=1).double()
     return (x - x.mean(-2, keepdim=True)) / x.std(-2, keepdim=True).clamp(min=1e-12)
 

@@ -1,8 +1,9 @@
-"""Text in, examples out: the two built-in tasks, a user's JSONL files, and plain text.
+"""Text in, examples out: the built-in tasks, a user's JSONL files, and plain text.
 
-An `Example` is what every task is made of: a prompt (a user's turn, or raw text to continue), an expert demonstration of its
-answer, and how to check an answer. `load_task(name or path)` gives a `Task` with disjoint train and eval examples. Nothing
-here knows of models.
+An `Example` is what every task is made of: a prompt (a user's turn, or raw text to continue), an
+expert demonstration of its answer, and how to check an answer. `load_task(name or path)` gives a
+`Task` with disjoint train and eval examples. A new task is a function without arguments that gives
+a Task, and its entry in TASKS. Nothing here knows of models.
 """
 import itertools
 import json
@@ -21,13 +22,13 @@ __all__ = ["Tokenizer", "load_tokenizer"]  # callers find them here too
 class Example:
     """One prompt with its expert demonstration and the way to check an answer."""
 
-    prompt: str                      # the user's turn; or raw text to continue, when chat is False
-    response: str = ""               # the expert demonstration; empty for raw text
-    check: object = None             # answer text -> bool
-    system: str = ""                 # system message, if any
+    prompt: str            # the user's turn; or raw text to continue, when chat is False
+    response: str = ""     # the expert demonstration; empty for raw text
+    check: object = None   # answer text -> bool
+    system: str = ""       # system message, if any
     chat: bool = True
-    choices: list = field(default_factory=list)  # multiple choice: (context, continuation) pairs, scored by likelihood
-    answer: int = 0                  # the right one of them
+    choices: list = field(default_factory=list)  # multiple choice: (context, continuation) pairs
+    answer: int = 0        # the right one of them
 
 
 @dataclass
@@ -47,170 +48,215 @@ def student_prompt(tokenizer, example, text_tokens=32):
     return tokenizer.chat([*system, {"role": "user", "content": example.prompt}])
 
 
-def expert_answer(tokenizer, example, text_tokens=32, longest=None):
-    """The ids of the demonstration, end of turn included; of raw text, `longest` of those after its first text_tokens."""
-    return tokenizer.answer(example.response) if example.chat else tokenizer.encode(example.prompt)[text_tokens:][:longest]
-
-
-DEMONSTRATION = "{prompt}\n\nAn expert answered this as follows:\n{response}\n\nNow give your own answer."
+DEMONSTRATION = (
+    "{prompt}\n\nAn expert answered this as follows:\n{response}\n\nNow give your own answer.")
 
 
 def teacher_prompt(tokenizer, example, demo=True, text_tokens=32):
-    """What the teacher sees (§3): the prompt with its expert demonstration, or the bare prompt where there is none."""
+    """What the teacher sees (§3): the prompt with its demonstration, if there is one, as ids."""
     if demo and example.response:
         prompt = DEMONSTRATION.format(prompt=example.prompt, response=example.response)
         example = Example(prompt, system=example.system, chat=example.chat)
     return student_prompt(tokenizer, example, text_tokens)
 
 
-ELEMENTS = """
-H Hydrogen He Helium Li Lithium Be Beryllium B Boron C Carbon N Nitrogen O Oxygen F Fluorine Ne Neon Na Sodium Mg Magnesium
-Al Aluminum Si Silicon P Phosphorus S Sulfur Cl Chlorine Ar Argon K Potassium Ca Calcium Sc Scandium Ti Titanium V Vanadium
-Cr Chromium Mn Manganese Fe Iron Co Cobalt Ni Nickel Cu Copper Zn Zinc Ga Gallium Ge Germanium As Arsenic Se Selenium Br Bromine
-Kr Krypton Rb Rubidium Sr Strontium Y Yttrium Zr Zirconium Nb Niobium Mo Molybdenum Tc Technetium Ru Ruthenium Rh Rhodium
-Pd Palladium Ag Silver Cd Cadmium In Indium Sn Tin Sb Antimony Te Tellurium I Iodine Xe Xenon Cs Cesium Ba Barium La Lanthanum
-Ce Cerium Pr Praseodymium Nd Neodymium Pm Promethium Sm Samarium Eu Europium Gd Gadolinium Tb Terbium Dy Dysprosium Ho Holmium
-Er Erbium Tm Thulium Yb Ytterbium Lu Lutetium Hf Hafnium Ta Tantalum W Tungsten Re Rhenium Os Osmium Ir Iridium Pt Platinum
-Au Gold Hg Mercury Tl Thallium Pb Lead Bi Bismuth Po Polonium At Astatine Rn Radon Fr Francium Ra Radium Ac Actinium Th Thorium
-Pa Protactinium U Uranium Np Neptunium Pu Plutonium Am Americium Cm Curium Bk Berkelium Cf Californium Es Einsteinium
-Fm Fermium Md Mendelevium No Nobelium Lr Lawrencium Rf Rutherfordium Db Dubnium Sg Seaborgium Bh Bohrium Hs Hassium
-Mt Meitnerium Ds Darmstadtium Rg Roentgenium Cn Copernicium Nh Nihonium Fl Flerovium Mc Moscovium Lv Livermorium
-Ts Tennessine Og Oganesson""".split()
+def expert_answer(tokenizer, example, text_tokens=32, longest=None):
+    """The demonstration as ids, end of turn included; of raw text, `longest` after text_tokens."""
+    if example.chat:
+        return tokenizer.answer(example.response)
+    return tokenizer.encode(example.prompt)[text_tokens:][:longest]
 
-# fact -> (demonstration, what an answer must contain, phrasings); the first phrasing is held out for evaluation.
+
+ELEMENTS = """
+H Hydrogen He Helium Li Lithium Be Beryllium B Boron C Carbon N Nitrogen O Oxygen F Fluorine Ne Neon
+Na Sodium Mg Magnesium Al Aluminum Si Silicon P Phosphorus S Sulfur Cl Chlorine Ar Argon K Potassium
+Ca Calcium Sc Scandium Ti Titanium V Vanadium Cr Chromium Mn Manganese Fe Iron Co Cobalt Ni Nickel
+Cu Copper Zn Zinc Ga Gallium Ge Germanium As Arsenic Se Selenium Br Bromine Kr Krypton Rb Rubidium
+Sr Strontium Y Yttrium Zr Zirconium Nb Niobium Mo Molybdenum Tc Technetium Ru Ruthenium Rh Rhodium
+Pd Palladium Ag Silver Cd Cadmium In Indium Sn Tin Sb Antimony Te Tellurium I Iodine Xe Xenon
+Cs Cesium Ba Barium La Lanthanum Ce Cerium Pr Praseodymium Nd Neodymium Pm Promethium Sm Samarium
+Eu Europium Gd Gadolinium Tb Terbium Dy Dysprosium Ho Holmium Er Erbium Tm Thulium Yb Ytterbium
+Lu Lutetium Hf Hafnium Ta Tantalum W Tungsten Re Rhenium Os Osmium Ir Iridium Pt Platinum Au Gold
+Hg Mercury Tl Thallium Pb Lead Bi Bismuth Po Polonium At Astatine Rn Radon Fr Francium Ra Radium
+Ac Actinium Th Thorium Pa Protactinium U Uranium Np Neptunium Pu Plutonium Am Americium Cm Curium
+Bk Berkelium Cf Californium Es Einsteinium Fm Fermium Md Mendelevium No Nobelium Lr Lawrencium
+Rf Rutherfordium Db Dubnium Sg Seaborgium Bh Bohrium Hs Hassium Mt Meitnerium Ds Darmstadtium
+Rg Roentgenium Cn Copernicium Nh Nihonium Fl Flerovium Mc Moscovium Lv Livermorium Ts Tennessine
+Og Oganesson""".split()
+
+# fact -> (demonstration, what an answer must contain, phrasings); the first phrasing is held out.
 FACTS = {
     "symbol": ("The chemical symbol of {name} is {symbol}.", "{symbol}", (
-        "What is the chemical symbol of {name}?", "Which symbol stands for {name} in the periodic table?",
+        "What is the chemical symbol of {name}?",
+        "Which symbol stands for {name} in the periodic table?",
         "How do chemists abbreviate {name}?", "Give the chemical symbol for the element {name}.",
         "Tell me the symbol of {name}.")),
     "number": ("The atomic number of {name} is {number}.", "{number}", (
         "What is the atomic number of {name}?", "How many protons does an atom of {name} have?",
-        "Which atomic number does {name} have in the periodic table?", "Give the atomic number of the element {name}.",
-        "Tell me the atomic number of {name}.")),
+        "Which atomic number does {name} have in the periodic table?",
+        "Give the atomic number of the element {name}.", "Tell me the atomic number of {name}.")),
     "name": ("The element with the chemical symbol {symbol} is {name}.", "{name}", (
-        "Which element has the chemical symbol {symbol}?", "What element does the symbol {symbol} stand for?",
-        "Name the chemical element written as {symbol}.", "What is the name of the element with symbol {symbol}?",
+        "Which element has the chemical symbol {symbol}?",
+        "What element does the symbol {symbol} stand for?",
+        "Name the chemical element written as {symbol}.",
+        "What is the name of the element with symbol {symbol}?",
         "In chemistry, what does {symbol} stand for?")),
 }
 
 
 def science():
-    """Facts of the 118 chemical elements, asked in several phrasings (the stand-in for the paper's Science task).
+    """Facts of the 118 elements in several phrasings (stands in for the paper's Science task).
 
-    Two eval splits: `phrasing`, facts of the train elements in a phrasing never trained on (n = 294, standard error under 3
-    points), and `element`, every phrasing of facts of 20 elements never trained on (n = 300).
+    Eval splits: `phrasing`, the facts of train in a phrasing never trained on (n = 294, standard
+    error under 3 points); `element`, 20 elements never trained on in every phrasing (n = 300).
     """
     held_out = set(random.Random(0).sample(range(1, 119), 20))
-    train, evaluate = [], {"phrasing": [], "element": []}
+    system = "Answer the chemistry question in one short sentence."
+    train, phrasing, element = [], [], []
     for number in range(1, 119):
-        fact = {"symbol": ELEMENTS[2 * number - 2], "name": ELEMENTS[2 * number - 1].lower(), "number": number}
-        for kind, (demonstration, key, phrasings) in FACTS.items():
-            for i, phrasing in enumerate(phrasings):
-                check = contains_symbol if kind == "symbol" else contains
-                example = Example(phrasing.format(**fact), demonstration.format(**fact), check(key.format(**fact)),
-                                  "Answer the chemistry question in one short sentence.")
-                split = evaluate["element"] if number in held_out else evaluate["phrasing"] if i == 0 else train
-                split.append(example)
-    return Task("science", train, evaluate)
+        symbol, name = ELEMENTS[2 * number - 2:2 * number]
+        fact = {"symbol": symbol, "name": name.lower(), "number": number}
+        for kind, (demonstration, key, questions) in FACTS.items():
+            checker = contains_symbol if kind == "symbol" else contains
+            check, demonstration = checker(key.format(**fact)), demonstration.format(**fact)
+            for i, question in enumerate(questions):
+                example = Example(question.format(**fact), demonstration, check, system)
+                if number in held_out:
+                    element.append(example)
+                elif i == 0:
+                    phrasing.append(example)
+                else:
+                    train.append(example)
+    return Task("science", train, {"phrasing": phrasing, "element": element})
 
 
 def contains(key):
-    """A checker: the key stands in the answer as a word of its own, in whatever case."""
+    """A checker: the key stands in the answer as a word of its own, in whatever case.
+
+    >>> check = contains("gold")
+    >>> check("It is Gold."), check("It is golden.")
+    (True, False)
+    """
     word = re.compile(rf"(?<!\w){re.escape(key)}(?!\w)", re.IGNORECASE)
     return lambda answer: word.search(answer) is not None
 
 
 def contains_symbol(symbol):
-    """A checker: the symbol stands in the answer, in its own case, and does not merely open a sentence: the I of
-    "I cannot say" is not iodine, the In of "In chemistry" not indium."""
+    """A checker: the symbol stands in the answer, in its case, and does not merely open a sentence.
+
+    >>> check = contains_symbol("I")
+    >>> check("It is I."), check("I is the symbol"), check("I cannot say."), check("IODINE")
+    (True, True, False, False)
+    """
     pronoun = "(?!['’ ][a-z])" if symbol == "I" else ""
-    word = re.compile(rf"(?<!\w)(?<!\A)(?<![.!?]\s){symbol}(?!\w){pronoun}|\A\W*{symbol}(\W*\Z| is the | stands for )")
+    inside = rf"(?<!\w)(?<!\A)(?<![.!?]\s){symbol}(?!\w){pronoun}"
+    opening = rf"\A\W*{symbol}(\W*\Z| is the | stands for )"
+    word = re.compile(f"{inside}|{opening}")
     return lambda answer: word.search(answer) is not None
 
 
 CITIES = "Paris Tokyo Cairo Lima Oslo Sydney Mumbai Toronto Nairobi Berlin Madrid Seoul".split()
 PEOPLE = "Alice Bruno Chen Dana Emeka Fatima George Hana Ivan Julia Kofi Lena".split()
 THINGS = "milk bread coffee rice apples batteries soap paper candles honey tea salt".split()
-TOOLS = {  # name -> (arguments with their possible values, requests; the last request is held out for evaluation)
-    "get_weather": ({"city": CITIES, "day": ["today", "tomorrow", "Saturday", "Sunday"]}, (
+DAYS = ["today", "tomorrow", "Saturday", "Sunday"]
+TEXTS = ["I am late", "call me back", "happy birthday", "dinner is ready"]
+FROM, TO = ["USD", "EUR", "JPY"], ["GBP", "CHF", "INR"]
+TOOLS = {  # name -> (arguments with their possible values, requests); the last request is held out
+    "get_weather": ({"city": CITIES, "day": DAYS}, (
         "What will the weather be like in {city} {day}?", "Check the {day} forecast for {city}.",
         "Do I need an umbrella in {city} {day}?")),
     "set_timer": ({"minutes": list(range(3, 60, 4)), "label": THINGS}, (
-        "Set a {minutes} minute timer for the {label}.", "Remind me about the {label} in {minutes} minutes.",
+        "Set a {minutes} minute timer for the {label}.",
+        "Remind me about the {label} in {minutes} minutes.",
         "Start a timer called {label} for {minutes} minutes.")),
-    "send_message": ({"to": PEOPLE, "text": ["I am late", "call me back", "happy birthday", "dinner is ready"]}, (
+    "send_message": ({"to": PEOPLE, "text": TEXTS}, (
         "Tell {to}: {text}.", "Send {to} the message '{text}'.", "Text {to} to say '{text}'.")),
     "add_to_list": ({"item": THINGS, "quantity": list(range(1, 13))}, (
-        "Put {quantity} {item} on my shopping list.", "Add {item} to the list, quantity {quantity}.",
+        "Put {quantity} {item} on my shopping list.",
+        "Add {item} to the list, quantity {quantity}.",
         "We need {quantity} {item}, note that down.")),
-    "convert_currency": ({"amount": list(range(15, 300, 19)), "source": ["USD", "EUR", "JPY"], "target": ["GBP", "CHF", "INR"]}, (
+    "convert_currency": ({"amount": list(range(15, 300, 19)), "source": FROM, "target": TO}, (
         "How much is {amount} {source} in {target}?", "Convert {amount} {source} to {target}.",
         "Exchange {amount} {source} for {target}, please.")),
     "book_table": ({"city": CITIES, "guests": list(range(2, 9))}, (
-        "Book a table for {guests} in {city}.", "I want to eat out in {city} with {guests} people in total.",
+        "Book a table for {guests} in {city}.",
+        "I want to eat out in {city} with {guests} people in total.",
         "Reserve a restaurant in {city} for a party of {guests}.")),
 }
 
 
 def tooluse():
-    """An instruction and three tool schemas -> one JSON call (the stand-in for the paper's Tooluse task).
+    """A request and three tool schemas -> one JSON call (stands in for the paper's Tooluse task).
 
     360 train examples; the eval split `request` (n = 300) asks in wordings never trained on.
     """
+    system = "Answer with one JSON tool call: an object with a name and arguments."
     rng, train, evaluate = random.Random(1), [], []
     for name, (arguments, requests) in TOOLS.items():
         combinations = list(itertools.product(*arguments.values()))
         rng.shuffle(combinations)
-        combinations = (combinations * 4)[:110] if len(combinations) < 110 else combinations[:110]
-        for n, values in enumerate(combinations):
+        for n, values in enumerate((combinations * 4)[:110]):  # 60 to train on, 50 held out
             call = {"name": name, "arguments": dict(zip(arguments, values))}
-            held_out = n >= 60
-            request = (requests[-1] if held_out else requests[n % (len(requests) - 1)]).format(**call["arguments"])
+            request = requests[n % (len(requests) - 1)] if n < 60 else requests[-1]
+            request = request.format(**call["arguments"])
             shown = sorted([name, *rng.sample(sorted(set(TOOLS) - {name}), 2)])
-            schemas = "\n".join(json.dumps({"name": t, "arguments": _schema(TOOLS[t][0])}) for t in shown)
-            example = Example(f"Tools:\n{schemas}\n\nRequest: {request}", json.dumps(call), same_json(call),
-                              "Answer with one JSON tool call: an object with a name and arguments.")
-            (evaluate if held_out else train).append(example)
+            prompt = "\n".join(["Tools:", *map(_schema, shown), "", f"Request: {request}"])
+            example = Example(prompt, json.dumps(call), same_json(call), system)
+            (train if n < 60 else evaluate).append(example)
     return Task("tooluse", train, {"request": evaluate})
 
 
-def _schema(arguments):
-    return {key: "integer" if isinstance(values[0], int) else "string" for key, values in arguments.items()}
+def _schema(tool):
+    arguments = {}
+    for key, values in TOOLS[tool][0].items():
+        arguments[key] = "integer" if isinstance(values[0], int) else "string"
+    return json.dumps({"name": tool, "arguments": arguments})
 
 
 def same_json(expected):
-    """A checker: the first JSON object in the answer parses to this one, keys in any order (and 1 is not true)."""
+    """A checker: the first JSON object in the answer is this one, keys in any order.
+
+    >>> check = same_json({"a": 1, "b": 2})
+    >>> check('Sure: {"b": 2, "a": 1}.'), check('{"a": true, "b": 2}')
+    (True, False)
+    """
     wanted = json.dumps(expected, sort_keys=True)
 
     def check(answer):
-        start = answer.find("{")
         try:
-            return start >= 0 and json.dumps(json.JSONDecoder().raw_decode(answer[start:])[0], sort_keys=True) == wanted
-        except ValueError:
+            found, _ = json.JSONDecoder().raw_decode(answer, answer.index("{"))
+        except ValueError:  # no brace, or no JSON after it
             return False
+        return json.dumps(found, sort_keys=True) == wanted  # as text, where 1 is not true
     return check
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+def python_text():
+    """Paragraphs of Python's documentation to continue."""
+    return text_task("text", split_text()[0])
+
+
+TASKS = {"science": science, "tooluse": tooluse, "text": python_text}
+
 
 def load_task(name, measured_only=False):
-    """A Task by name (science, tooluse, text) or from a file: *.jsonl, or any other path as UTF-8 text to continue.
+    """A Task by its name in TASKS, or from a file: *.jsonl, or any other as text to continue.
 
-    A fifth of a .jsonl file is held out, or, measured_only, all of it measured.
-    FileNotFoundError when there is no such task or file; ValueError, naming the line, for content that does not fit.
+    A fifth of a .jsonl file is held out, or, measured_only, all of it. FileNotFoundError when there
+    is no such task or file; ValueError, naming the line, for content that does not fit.
     """
-    if name == "science":
-        return science()
-    if name == "tooluse":
-        return tooluse()
-    if name == "text":
-        return text_task("text", split_text()[0])
+    if name in TASKS:
+        return TASKS[name]()
     path = Path(name)
     if not path.is_file():
-        raise FileNotFoundError(f"no task or file {name!r}: name science, tooluse, text, or a .jsonl or text file")
-    if path.suffix != ".jsonl":
-        return text_task(path.stem, read_text(path))
+        known = ", ".join(TASKS)
+        raise FileNotFoundError(f"no task or file {name!r}: name {known}, or a .jsonl or text file")
+    if path.suffix == ".jsonl":
+        return _jsonl_task(path, measured_only)
+    return text_task(path.stem, read_text(path))
+
+
+def _jsonl_task(path, measured_only):
     first_line = {}  # a row that is there twice would stand in both splits
     for n, row in read_jsonl(path):
         first_line.setdefault(json.dumps(row), (n, row))
@@ -226,14 +272,6 @@ def load_task(name, measured_only=False):
     return Task(path.stem, examples[cut:], {"held_out": examples[:cut]})
 
 
-def text_task(name, text):
-    """Prompts to continue, for a bare teacher: the paragraphs of a text that are long enough to start from."""
-    paragraphs = [p.strip() for p in _paragraphs(text) if len(p.strip()) >= 160]
-    if not paragraphs:
-        raise ValueError(f"the text of {name!r} has no paragraph of 160 characters to continue")
-    return Task(name, [Example(p, chat=False) for p in paragraphs], {})
-
-
 def read_jsonl(path):
     """[(line number, object), …] of a JSON-lines file, blank lines left out."""
     lines = []
@@ -246,27 +284,47 @@ def read_jsonl(path):
     return lines
 
 
+ROW_FORMS = ('{"prompt", "response"}, {"prompt", "choices", "answer"} or '
+        '{"contexts", "continuation", "answer"}')
+
+
 def _example(row, where):
-    """An Example from one JSON object: {"prompt", "response"} or one of the two multiple-choice forms."""
+    """An Example from one JSON object; ValueError for one of none of the ROW_FORMS."""
     try:
-        if not isinstance(row.get("prompt", ""), str) or not isinstance(row.get("answer", 0), int) or row.get("answer", 0) < 0:
-            raise TypeError
-        if not all(isinstance(context, str) for context in row.get("contexts", [])):
-            raise TypeError
+        _check_types(row)
         if "response" in row:
             return Example(row["prompt"], row["response"], same_answer(row["response"]))
-        if "choices" in row:
-            pairs = [(row["prompt"], " " + choice) for choice in row["choices"]]
-            return Example(row["prompt"], pairs[row["answer"]][1].strip(), choices=pairs, answer=row["answer"])
-        pairs = [(context, " " + row["continuation"].strip()) for context in row["contexts"]]
-        return Example(row["contexts"][row["answer"]], row["continuation"].strip(), choices=pairs, answer=row["answer"])
+        return _multiple_choice(row, row["answer"])
     except (KeyError, TypeError, IndexError, AttributeError):
-        raise ValueError(f'{where}: expected {{"prompt", "response"}}, {{"prompt", "choices", "answer"}} or '
-                         '{"contexts", "continuation", "answer"}') from None
+        raise ValueError(f"{where}: expected {ROW_FORMS}") from None
+
+
+def _check_types(row):
+    """TypeError where something that should be text is not, or the answer is not an index."""
+    texts = [row.get("prompt", ""), *row.get("contexts", [])]
+    answer = row.get("answer", 0)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
+    if not isinstance(answer, int) or answer < 0:
+        raise TypeError
+
+
+def _multiple_choice(row, answer):
+    if "choices" in row:  # several continuations of one prompt
+        choices = [(row["prompt"], " " + choice) for choice in row["choices"]]
+        return Example(row["prompt"], choices[answer][1].strip(), choices=choices, answer=answer)
+    continuation = row["continuation"].strip()  # of several contexts
+    choices = [(context, " " + continuation) for context in row["contexts"]]
+    return Example(row["contexts"][answer], continuation, choices=choices, answer=answer)
 
 
 def same_answer(expected):
-    """A checker: equal as JSON if the expected answer is a JSON object, else equal up to case, spaces and a full stop."""
+    """A checker: equal as JSON if a JSON object is expected, else up to case, spaces, a full stop.
+
+    >>> check = same_answer("Blue whale")
+    >>> check(" blue  WHALE. "), check("a blue whale")
+    (True, False)
+    """
     if expected.lstrip().startswith("{"):
         try:
             return same_json(json.loads(expected))
@@ -280,7 +338,7 @@ def _normal(text):
 
 
 def read_text(path):
-    """The text of a UTF-8 file, without a byte-order mark. ValueError if it is empty or not UTF-8."""
+    """The text of a UTF-8 file, without a byte-order mark. ValueError if empty or not UTF-8."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -290,14 +348,26 @@ def read_text(path):
     return text
 
 
-def split_text():
-    """(train, held-out) English text that every CPython carries: its language reference, `pydoc_data.topics`, by topic.
+def text_task(name, text):
+    """The paragraphs of a text that are long enough to begin from, as prompts to continue."""
+    paragraphs = [p.strip() for p in _paragraphs(text) if len(p.strip()) >= 160]
+    if not paragraphs:
+        raise ValueError(f"the text of {name!r} has no paragraph of 160 characters to continue")
+    return Task(name, [Example(p, chat=False) for p in paragraphs], {})
 
-    It differs a little between Python versions, so the hash of what was measured is reported beside each perplexity.
+
+def split_text():
+    """(train, held-out) English text that every CPython carries: its language reference, by topic.
+
+    It is `pydoc_data.topics` and differs a little between Python versions, so the hash of what was
+    measured is reported beside each perplexity.
     """
     topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
-    held_out = {p.strip() for topic in topics[::4] for p in _paragraphs(topic)}  # some topics quote others
-    train = [p for i, topic in enumerate(topics) if i % 4 for p in _paragraphs(topic) if p.strip() not in held_out]
+    held_out = {p.strip() for topic in topics[::4] for p in _paragraphs(topic)}
+    train = []
+    for i, topic in enumerate(topics):
+        if i % 4:  # some topics quote others
+            train += [p for p in _paragraphs(topic) if p.strip() not in held_out]
     return "\n\n".join(train), "\n\n".join(topics[::4])
 
 
@@ -306,13 +376,19 @@ def _paragraphs(text):
 
 
 def text_windows(tokenizer, text, windows=16, length=256):
-    """Evenly spread windows of token ids that do not overlap: at least 4, shorter ones if need be.
+    """Evenly spread windows of ids that do not overlap: at least 4, shorter ones if need be.
 
-    ValueError for a text of under 32 tokens, which is too short to measure a perplexity on.
+    ValueError for a text of under 32 tokens.
+
+    >>> from types import SimpleNamespace
+    >>> letters = SimpleNamespace(encode=str)  # a token a letter; 32 / 4 = 8 are the longest window
+    >>> text_windows(letters, "abcdefghijklmnopqrstuvwxyz012345", windows=3)  # from 0, 24/2, 24
+    ['abcdefgh', 'mnopqrst', 'yz012345']
     """
     ids = tokenizer.encode(text)
     if len(ids) < 32:
-        raise ValueError(f"a text of {len(ids)} tokens is too short to measure a perplexity on: give 32 or more")
+        short = f"a text of {len(ids)} tokens is too short to measure a perplexity on"
+        raise ValueError(f"{short}: give 32 or more")
     length = min(length, len(ids) // 4)
     windows = min(windows, len(ids) // length)
     starts = [i * (len(ids) - length) // max(1, windows - 1) for i in range(windows)]
@@ -320,10 +396,9 @@ def text_windows(tokenizer, text, windows=16, length=256):
 
 
 def batches(tasks, steps, batch_size, seed):
-    """`steps` lists of batch_size examples, shared evenly by the tasks, each task's in shuffled order, over and over."""
-    rng, streams = random.Random(seed), []
-    for task in tasks:
-        streams.append(_stream(task.train, random.Random(rng.random())))
+    """`steps` lists of batch_size examples: the tasks in turn, each shuffled, over and over."""
+    rng = random.Random(seed)
+    streams = [_stream(task.train, random.Random(rng.random())) for task in tasks]
     order = [next(streams[i % len(streams)]) for i in range(steps * batch_size)]
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 

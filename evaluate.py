@@ -1,28 +1,53 @@
-"""What is measured of a model: accuracy, by answering or by choosing; perplexity; likeness to the healthy model (§4, §5.4)."""
+"""What is measured of a model (§4, §5.4), and one run of train.py in words and in a picture.
+
+In this order: accuracy, by answering or by choosing, and perplexity; likeness to the healthy model
+(CKA) and stopping by it (§6); a step of recovery token by token (§3); the report; report.png.
+"""
+import json
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import cka
 import data
 import parallel
-import sdft
-from model import generate
+
+
+@dataclass
+class Evaluation:
+    """What every model of a run is asked, and how it is made to answer."""
+
+    tokenizer: data.Tokenizer
+    splits: dict        # metric -> [Example]
+    windows: dict       # metric -> [ids], all of one length: text, for perplexity
+    sequences: dict     # task -> [ids]: prompts with their answers, for CKA
+    eval_tokens: int    # longest answer; 0: that of its split's longest demonstration
+    generate: Callable  # model.generate, or a faster one
+    score: Callable     # sdft.score, or a faster one
 
 
 @dataclass
 class Measurement:
-    """One model's performance, item by item, three of its answers, and its likeness to the healthy model."""
+    """One model's performance, item by item, three of its answers, and its likeness to the healthy
+    model."""
 
-    items: dict     # metric name -> [n]: 0/1 per example, or nats per token of a text window
+    items: dict     # metric -> [n]: 0/1 per example, or nats per token of a text window
     answers: list   # (prompt, answer) of examples of the first split
     cka: dict       # level -> kind -> [n_layer], against the healthy model (empty for itself)
     layers: list    # CKA of each layer with each of the healthy model's
 
     def value(self, metric):
-        """Perplexity, or accuracy in percent."""
+        """Perplexity, or accuracy in percent.
+
+        >>> Measurement({"task": torch.tensor([1.0, 0, 0, 1])}, [], {}, []).value("task")
+        50.0
+        """
         mean = self.items[metric].mean().item()
         if metric.startswith("perplexity"):
             return math.exp(mean) if mean < 700 else math.inf  # a model that training broke
@@ -30,151 +55,614 @@ class Measurement:
 
 
 @torch.no_grad()
-def measure(run, model, healthy_states=None):
-    """Accuracy on every split, perplexity of every text's windows; and CKA with the healthy model, given its hidden states."""
-    items, answers = {}, []
-    for name, examples in run.splits.items():
-        mine = parallel.share(examples)
-        if examples[0].choices:
-            items[name] = parallel.gather([float(best_choice(model, run.tokenizer, e) == e.answer) for e in mine])
-            continue
-        texts = parallel.gather(answer(model, run.tokenizer, mine, answer_tokens(run.config, run.tokenizer, examples)))
-        items[name] = [float(e.check(t)) for e, t in zip(examples, texts)]
-        answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
-    for name, windows in run.windows.items():
-        mine = parallel.share(windows)
-        items[name] = parallel.gather([x for i in range(0, len(mine), 4) for x in nats(model, mine[i:i + 4])])
-    likeness, layers = compare(states_of(run, model), healthy_states) if healthy_states is not None else ({}, [])
+def measure(evaluation, model, healthy_states=None, progress=""):
+    """A Measurement: accuracy on every split, perplexity of every text, and CKA, given the healthy
+    model's hidden states. progress names a progress bar; without a name there is none."""
+    items, answers, likeness, layers = {}, [], {}, []
+    total = items_to_read(evaluation, healthy_states is not None)
+    with tqdm(total=total, desc=progress, unit="item", disable=not progress) as bar:
+        for metric, examples in evaluation.splits.items():
+            if examples[0].choices:
+                items[metric] = chosen_right(evaluation, model, examples, bar.update)
+                continue
+            texts = answers_to(evaluation, model, examples, bar.update)
+            items[metric] = [float(e.check(t)) for e, t in zip(examples, texts)]
+            answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
+        for metric, windows in evaluation.windows.items():
+            items[metric] = nats_of(model, windows, bar.update)
+        if healthy_states is not None:
+            states = states_of(evaluation, model, bar.update)
+            likeness, layers = compare(states, healthy_states)
     items = {metric: torch.tensor(values) for metric, values in items.items()}
     return Measurement(items, answers[:: max(1, len(answers) // 3)][:3], likeness, layers)
 
 
-def states_of(run, model):
-    """{task: hidden states of this process's share of its sequences}; of tasks after the first, only of the last tokens."""
-    first = next(iter(run.sequences))
-    return {task: cka.hidden_states(model, parallel.share(sequences), last=task != first)
-            for task, sequences in run.sequences.items()}
+def items_to_read(evaluation, with_cka):
+    """How many examples, windows and sequences this process reads: its progress bar's length."""
+    groups = [*evaluation.splits.values(), *evaluation.windows.values()]
+    if with_cka:
+        groups += evaluation.sequences.values()
+    return sum(len(parallel.share(group)) for group in groups)
 
 
-def compare(states, healthy):
-    """CKA of two models' hidden states, by task -> {level: {kind: [n_layer]}}, and between all layers, [n_layer, n_layer].
+# Performance. Every process reads its share of the examples, and all get all results.
 
-    Levels: the first task's "tokens", those of each sequence, and "samples", their last tokens; the others' "TASK samples".
-    """
-    likeness = {}
-    for i, task in enumerate(states):
-        pairs = list(zip(states[task], healthy[task]))
-        x, y = zip(*parallel.gather([(x[:, -1:].clone(), y[:, -1:].clone()) for x, y in pairs]))  # a view would send all of it
-        if i == 0:
-            tokens = parallel.gather([list(cka.token_level([x], [y]).values()) for x, y in pairs if x.size(1) >= 4])
-            likeness["tokens"] = dict(zip(cka.KINDS, torch.tensor(tokens, dtype=torch.float64).mean(0).tolist()))
-            layers = cka.between_layers(x, y)
-        likeness["samples" if i == 0 else f"{task} samples"] = cka.sample_level(x, y)
-    return likeness, layers
+def chosen_right(evaluation, model, examples, done):
+    """[1.0 or 0.0, …]: whether each multiple-choice example's likeliest choice is the right one."""
+    right = []
+    for e in parallel.share(examples):
+        chosen = best_choice(model, evaluation.tokenizer, e, evaluation.score)
+        right.append(float(chosen == e.answer))
+        done(1)
+    return parallel.gather(right)
 
 
-def spread(items, limit):
-    """At most `limit` of the items (0: all), evenly spread over them."""
-    n = min(limit, len(items)) if limit else len(items)
-    return [items[i * len(items) // n] for i in range(n)]
+def answers_to(evaluation, model, examples, done):
+    """The model's greedy answers to all these examples, as text."""
+    mine, longest = parallel.share(examples), answer_tokens(evaluation, examples)
+    return parallel.gather(
+        answer(model, evaluation.tokenizer, mine, longest, evaluation.generate, done))
 
 
-def answer_tokens(c, tokenizer, examples):
+def nats_of(model, windows, done):
+    """Mean nats per token of each of these text windows, four at a time, a list."""
+    mine, found = parallel.share(windows), []
+    for start in range(0, len(mine), 4):
+        part = mine[start:start + 4]
+        found += nats(model, part)
+        done(len(part))
+    return parallel.gather(found)
+
+
+def answer_tokens(evaluation, examples):
     """How many tokens an answer to these examples may take."""
-    return c.answer_tokens or max(len(tokenizer.answer(e.response)) for e in examples)
+    longest = max(len(evaluation.tokenizer.answer(e.response)) for e in examples)
+    return evaluation.eval_tokens or longest
 
 
-def answer(model, tokenizer, examples, max_new_tokens):
-    """Greedy answers, as text."""
+def answer(model, tokenizer, examples, max_new_tokens, generate, done=None):
+    """Greedy answers, as text; done(n) is called as n of them are ready."""
     prompts = [data.student_prompt(tokenizer, e) for e in examples]
-    return [tokenizer.decode(ids).strip() for ids in
-            generate(model, prompts, max_new_tokens, temperature=0, eos_id=tokenizer.eos_id, batch_size=128)]
+    completions = generate(model, prompts, max_new_tokens, temperature=0,
+                           eos_id=tokenizer.eos_id, batch_size=128, done=done)
+    return [tokenizer.decode(ids).strip() for ids in completions]
 
 
-def best_choice(model, tokenizer, example):
+def best_choice(model, tokenizer, example, score):
     """Index of the likeliest (context, continuation) pair."""
-    scores = choice_scores(model, tokenizer, example)
+    scores = choice_scores(model, tokenizer, example, score)
     return scores.index(max(scores))
 
 
-def choice_scores(model, tokenizer, example):
-    """Log-likelihood of each continuation after its context, per character, as they may differ in length; of whole sentences,
-    which have no context, the sum (BLiMP).
+def choice_scores(model, tokenizer, example, score):
+    """Log-likelihood of each continuation after its context, a list.
 
-    What separates documents stands for a context that is empty: the first token, too, needs one that predicts it.
+    It is per character, since continuations differ in length. Whole sentences, which have no
+    context, get the sum (BLiMP). The first token needs one that predicts it, too: where a context
+    is empty, the token that separates documents stands for it.
     """
     contexts, continuations = zip(*example.choices)
     separator = tokenizer.added.get("<|endoftext|>", tokenizer.eos_id)
+    prompts = [tokenizer.encode(t) or [separator] for t in contexts]
     targets = [tokenizer.encode(t) for t in continuations]
-    states = sdft.completion_states(model, [tokenizer.encode(t) or [separator] for t in contexts], targets)
-    logp = F.log_softmax(model.head(states).float(), -1)
-    logp = logp[torch.arange(len(logp)), [i for t in targets for i in t]].split([len(t) for t in targets])
-    return [p.sum().item() / (len(text) if any(contexts) else 1) for p, text in zip(logp, continuations)]
+    states = score(model, prompts, targets)[-1]                     # [N, D]
+    logp = F.log_softmax(model.head(states).float(), -1)            # [N, V]
+    tokens = torch.tensor([i for t in targets for i in t], device=logp.device)
+    logp = logp.gather(1, tokens[:, None])[:, 0]                    # [N]
+    sums = [part.sum().item() for part in logp.split([len(t) for t in targets])]
+    if not any(contexts):
+        return sums
+    return [total / len(text) for total, text in zip(sums, continuations)]
 
 
 def nats(model, windows):
     """Mean negative log-likelihood of each window's tokens after the first, a list."""
     ids = torch.tensor(windows, device=model.device)
-    states = model.backbone(ids[:, :-1])  # the logits of one window at a time: [T, V]
-    return [F.cross_entropy(model.head(x).float(), row[1:]).item() for x, row in zip(states, ids)]
-
-
-def cka_sequences(c, tokenizer, tasks, windows):
-    """{task: ids of prompt + ground truth (§4.2) of eval examples}; of text windows, where no task has four."""
-    found = {}
-    for task in tasks:
-        examples = [e for e in spread(next(iter(task.eval.values()), []), c.eval_limit) if e.chat and e.response]
-        examples = examples[:: max(1, len(examples) // c.cka_samples)][:c.cka_samples]
-        if len(examples) >= 4:
-            found[task.name] = [data.student_prompt(tokenizer, e) + tokenizer.answer(e.response) for e in examples]
-    return found or {"text": windows}
-
-
-def calibration_sequences(c, tokenizer, tasks):
-    """Ids of training examples, with their answers, that activations are taken from; text is read to 128 tokens."""
-    examples = data.batches(tasks, 1, c.calibration, c.seed)[0]
-    return [data.student_prompt(tokenizer, e, 128) + (tokenizer.answer(e.response) if e.chat else []) for e in examples]
+    states = model.backbone(ids[:, :-1])
+    found = []
+    for x, row in zip(states, ids):  # the logits of one window at a time: [T, V]
+        found.append(F.cross_entropy(model.head(x).float(), row[1:]).item())
+    return found
 
 
 def recovered_fraction(healthy, degraded, recovered, metric):
-    """(recovered - degraded) / (healthy - degraded); None where degraded is not worse by two paired standard errors."""
+    """(recovered - degraded) / (healthy - degraded); None where nothing was lost.
+
+    Something was lost if degraded is worse than healthy by two paired standard errors.
+
+    >>> healthy, degraded, recovered = [Measurement({"task": torch.tensor(right)}, [], {}, [])
+    ...     for right in ([1.0, 1, 1, 1, 1], [0.0, 0, 0, 0, 1], [1.0, 1, 0, 0, 1])]
+    >>> round(recovered_fraction(healthy, degraded, recovered, "task"), 3)  # 100, 20, 60 %
+    0.5
+    """
     difference = healthy.items[metric] - degraded.items[metric]
-    difference = -difference if metric.startswith("perplexity") else difference  # nats: less is better
-    noise = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    if metric.startswith("perplexity"):
+        difference = -difference  # nats: less is better
+    n = len(difference)
+    noise = difference.std().item() / math.sqrt(n) if n > 1 else math.inf
     if difference.mean().item() <= 2 * noise:
         return None
     h, d, r = (m.value(metric) for m in (healthy, degraded, recovered))
     return (r - d) / (h - d)
 
 
-class Watch:
-    """CKA-guided early stopping (§6), called after each step: true when CKA with the healthy model has not risen for `patience`
-    checks, one every `every` steps. It is debiased, of the last layer, over the last tokens of the sequences."""
+def spread(items, limit):
+    """At most `limit` of the items (0: all), evenly spread over them.
 
-    def __init__(self, student, healthy, sequences, patience, every=5):
-        self.student, self.sequences, self.patience, self.every = student, sequences, patience, every
-        self.dtype, self.steps, self.best, self.checks_since, self.kept = healthy.norm.weight.dtype, 0, -math.inf, 0, []
+    >>> spread(list("abcdefg"), 3)
+    ['a', 'c', 'e']
+    """
+    n = min(limit, len(items)) if limit else len(items)
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+# Likeness to the healthy model.
+
+def cka_sequences(c, tokenizer, tasks, windows):
+    """{task: ids of prompt + ground truth (§4.2) of eval examples}, or {"text": windows} where no
+    task has four examples."""
+    found = {}
+    for task in tasks:
+        first_split = next(iter(task.eval.values()), [])
+        examples = [e for e in spread(first_split, c.eval_limit) if e.chat and e.response]
+        examples = examples[:: max(1, len(examples) // c.cka_samples)][:c.cka_samples]
+        if len(examples) >= 4:
+            found[task.name] = [
+                data.student_prompt(tokenizer, e) + tokenizer.answer(e.response) for e in examples]
+    return found or {"text": windows}
+
+
+def calibration_sequences(c, tokenizer, tasks):
+    """Ids of training examples with their answers, which activations are taken from; of a text its
+    first 128 tokens."""
+    found = []
+    for e in data.batches(tasks, 1, c.calibration, c.seed)[0]:
+        ids = data.student_prompt(tokenizer, e, 128)
+        found.append(ids + tokenizer.answer(e.response) if e.chat else ids)
+    return found
+
+
+def states_of(evaluation, model, done=None):
+    """{task: hidden states of this process's share of its sequences}; of the first task those of
+    all tokens, of the others those of the last tokens."""
+    first, found = next(iter(evaluation.sequences)), {}
+    for task, sequences in evaluation.sequences.items():
+        mine = parallel.share(sequences)
+        found[task] = cka.hidden_states(model, mine, last=task != first, done=done)
+    return found
+
+
+def compare(states, healthy):
+    """CKA of two models' hidden states, {level: {kind: [n_layer]}}, and [n_layer, n_layer] between
+    all layers.
+
+    Levels: the first task's "tokens", those of each sequence (§4.2), and "samples", their last
+    tokens (§5.4); the other tasks' "TASK samples".
+    """
+    first = next(iter(states))
+    likeness, layers = {"tokens": over_tokens(states[first], healthy[first])}, []
+    for task in states:
+        x, y = last_tokens(states[task]), last_tokens(healthy[task])
+        likeness["samples" if task == first else f"{task} samples"] = cka.sample_level(x, y)
+        if task == first:
+            layers = cka.between_layers(x, y)
+    return likeness, layers
+
+
+def over_tokens(states, healthy):
+    """{kind: [n_layer]}: CKA over the tokens of each sequence, averaged over all sequences."""
+    found = []
+    for x, y in zip(states, healthy):
+        if x.size(1) >= 4:  # the debiased estimator needs as many
+            found.append(list(cka.token_level([x], [y]).values()))
+    mean = torch.tensor(parallel.gather(found), dtype=torch.float64).mean(0)
+    return dict(zip(cka.KINDS, mean.tolist()))
+
+
+def last_tokens(states):
+    """The last tokens' states, [n_layer, 1, D] each, of all processes' sequences."""
+    return parallel.gather([x[:, -1:].clone() for x in states])  # a view would send all of x
+
+
+class Watch:
+    """CKA-guided early stopping (§6): called after each step, it is true when it is time to stop.
+
+    It is time when CKA with the healthy model has not risen for `patience` checks, one every
+    `every` steps. That CKA is linear and debiased, of the last layer, over the last tokens of the
+    sequences. copy(student, dtype) makes the plain model that is measured.
+    """
+
+    def __init__(self, student, healthy, sequences, patience, copy, every=5):
+        self.student, self.sequences, self.copy = student, sequences, copy
+        self.patience, self.every = patience, every
+        self.dtype = healthy.norm.weight.dtype
         self.healthy = cka.hidden_states(healthy, sequences, last=True)
+        self.steps, self.best, self.checks_since, self.kept = 0, -math.inf, 0, []
 
     def __call__(self):
         self.steps += 1
         return self.steps % self.every == 0 and self.check()
 
+    def trained(self):
+        """The parameters that training changes."""
+        return [p for p in self.student.parameters() if p.requires_grad]
+
     @torch.no_grad()
     def check(self):
-        """Measure; True if it is time to stop."""
-        model = parallel.plain_copy(self.student, self.dtype)
+        """Measure, and keep the weights if they are the best so far; true if it is time to stop."""
+        model = self.copy(self.student, self.dtype)
         states = cka.hidden_states(model, self.sequences, last=True)
-        value, = parallel.gather([cka.sample_level(states, self.healthy)["linear_debiased"][-1]])[:1]  # one says for all
+        value = cka.sample_level(states, self.healthy)["linear_debiased"][-1]
+        value = parallel.gather([value])[0]  # one process says for all
         self.checks_since += 1
         if value > self.best:
             self.best, self.checks_since = value, 0
-            self.kept = [p.detach().clone() for p in self.student.parameters() if p.requires_grad]
+            self.kept = [p.detach().clone() for p in self.trained()]
         return self.checks_since >= self.patience
 
     @torch.no_grad()
     def restore(self):
-        """The weights of the best check, the last state's among them, in place."""
+        """Put back, in place, the weights of the best check; the last step's are checked, too."""
         self.check()
-        for p, best in zip([p for p in self.student.parameters() if p.requires_grad], self.kept):
+        for p, best in zip(self.trained(), self.kept):
             p.copy_(best)
+
+
+# A step, shown (§3): what the student says, token by token, and what its teacher makes of it.
+
+@torch.no_grad()
+def trace(student, teacher, prompts, completions, tokenizer, score):
+    """[{"prompt": its end, "tokens": [{"token", "student", "teacher", "favourite", "kl"}, …]}, …].
+
+    An entry for each of the prompts (sdft.Prompt), a token for each of its completion's first 24:
+    what student and teacher give it, each after its own prompt; the teacher's likeliest token; and
+    KL(teacher || student) in nats. The two are compared on the ids that both know.
+    """
+    known = min(student.config.vocab_size, teacher.config.vocab_size)
+    shown = []
+    for prompt, completion in zip(prompts, completions):
+        said = []
+        for token in completion[:24]:
+            if token >= known:
+                break
+            said.append(token)
+        end = tokenizer.decode(prompt.student)
+        end = end if len(end) <= 100 else "…" + end[-99:]
+        log_s = log_probs(student, score(student, [prompt.student], [said])[-1], known)
+        log_t = log_probs(teacher, score(teacher, [prompt.teacher], [said])[-1], known)
+        shown.append({"prompt": end, "tokens": trace_tokens(said, log_s, log_t, tokenizer)})
+    return shown
+
+
+def log_probs(model, states, known):
+    """Final hidden states [N, D] -> log-probabilities [N, known] of the first `known` ids."""
+    return F.log_softmax(model.head(states)[:, :known].float(), -1)
+
+
+def trace_tokens(said, log_s, log_t, tokenizer):
+    """The student's tokens, a dictionary each; log_s, log_t [N, V]: the two models' predictions."""
+    kl = (log_t.exp() * (log_t - log_s)).sum(-1).tolist()
+    favourites, tokens = log_t.argmax(-1).tolist(), []
+    for n, token in enumerate(said):
+        tokens.append({
+            "token": tokenizer.decode([token], keep_special=True),
+            "student": log_s[n, token].exp().item(),
+            "teacher": log_t[n, token].exp().item(),
+            "favourite": tokenizer.decode([favourites[n]], keep_special=True),
+            "kl": kl[n]})
+    return tokens
+
+
+# ------------------------------------------------------------------------------- One run in words
+
+def text(results, answers):
+    """The run as text: metrics, sample answers {stage: [(prompt, answer)]}, CKA by layer, a step of
+    recovery, and what the numbers depend on."""
+    width = max(len(stage) for stage in results["stages"]) + 2
+    lines = [*metric_lines(results, width), *answer_lines(answers, width),
+             *cka_lines(results["cka"], width), *step_lines(results), *provenance_lines(results)]
+    return "\n".join(lines)
+
+
+def metric_lines(results, width):
+    """A line a metric: its value at each stage, and what recovery brought back."""
+    stages, fractions = results["stages"], recovered_fractions(results)
+    header = "".join(f"{stage:>{width}}" for stage in stages)
+    lines = ["", f"{'':24}{header}  recovered fraction"]
+    for metric in stages["healthy"]:
+        row = "".join(f"{values[metric]:{width}.2f}" for values in stages.values())
+        found = [fraction[metric] for fraction in fractions.values()]
+        shown = ", ".join("not damaged" if f is None else f"{f:.2f}" for f in found)
+        lines.append(f"{metric_title(metric):24}{row}  {shown:>18}")
+    return lines
+
+
+def recovered_fractions(results):
+    """{stage: {metric: fraction or None}}, of one recovery or several."""
+    found = results["recovered_fraction"]
+    several = isinstance(next(iter(found.values())), dict)
+    return found if several else {"recovered": found}
+
+
+def metric_title(metric):
+    """A metric with its unit: perplexity has none."""
+    return metric if metric.startswith("perplexity") else metric + " %"
+
+
+def answer_lines(answers, width):
+    """A few questions, and what each stage answered."""
+    lines = []
+    for i, (prompt, _) in enumerate(answers["healthy"]):
+        lines += ["", f"> {prompt}"]
+        for stage, given in answers.items():
+            lines.append(f"  {stage:{width}}{' '.join(given[i][1].split())}")
+    return lines
+
+
+def cka_lines(levels, width):
+    """A bar a layer for each stage and kind of CKA, level by level, and how to read them."""
+    lines = []
+    for level, stages in levels.items():
+        lines += ["", f"CKA with the healthy model over {level}, by layer"]
+        for kind in ("linear", "linear_debiased"):
+            values = [x for kinds in stages.values() for x in kinds[kind] if not math.isnan(x)]
+            least = min(values, default=0)
+            for stage, kinds in stages.items():
+                v = kinds[kind]
+                lines.append(f"  {kind:16}{stage:{width}}{chart(v, least)}"
+                             f"  last {v[-1]:.4f}  mean {sum(v) / len(v):.4f}")
+    if lines:
+        lines += ["", "(A bar is a layer, first to last: ▁ is the lowest value of its kind, █ is "
+                  "1, alike up to rotation and scale. Trust the debiased rows.)"]
+    return lines
+
+
+def chart(values, least):
+    """One character a layer, from ▁ at `least` to █ at 1; ? is not a number.
+
+    >>> chart([0.5, 0.75, 1.0, math.nan], 0.5)
+    '▁▅█?'
+    """
+    bars, found = "▁▂▃▄▅▆▇█", []
+    for v in values:
+        if math.isnan(v):
+            found.append("?")
+        else:
+            height = int(8 * (v - least) / max(1e-9, 1 - least))
+            found.append(bars[min(7, max(0, height))])
+    return "".join(found)
+
+
+def step_lines(results):
+    """The first recovery's trace: a table a prompt, on the left before recovery, right after it."""
+    header, lines = trace_cell("token", "student", "teacher", "prefers", "KL"), []
+    for stage, traces in list(results.get("step", {}).items())[:1]:
+        lines += ["", f"A step, shown ({stage}): what the student says, and how likely student and "
+                  "teacher find it;", "what the teacher prefers where that is something else; and "
+                  "KL(teacher || student) in nats"]
+        for first, last in zip(traces["first"], traces["last"]):
+            lines += ["", f"> {' '.join(first['prompt'].split())}",
+                      side_by_side(f"before recovery: mean KL {mean_kl(first)}",
+                                   f"after: mean KL {mean_kl(last)}"),
+                      side_by_side(header, header)]
+            left, right = ([trace_row(t) for t in trace["tokens"]] for trace in (first, last))
+            for row in zip_longest(left, right, fillvalue=""):
+                lines.append(side_by_side(*row))
+    return lines
+
+
+def side_by_side(left, right):
+    """Two cells of step_lines' tables as one line of at most 100 characters."""
+    return f"  {left:48}  {right}".rstrip()
+
+
+def mean_kl(trace):
+    """The mean over a trace's tokens, as text."""
+    kl = [t["kl"] for t in trace["tokens"]]
+    return f"{sum(kl) / max(1, len(kl)):.2f}"
+
+
+def trace_row(t):
+    """One token of a trace as text."""
+    return trace_cell(visible(t["token"]), f"{t['student']:.0%}", f"{t['teacher']:.0%}",
+                      preferred(t), f"{t['kl']:.2f}")
+
+
+def trace_cell(token, student, teacher, prefers, kl):
+    """One token of a trace in columns, 48 characters."""
+    return f"{token:12.12}{student:>8}{teacher:>8}  {prefers:12.12}{kl:>6}"
+
+
+def preferred(t):
+    """What the teacher would have said in place of this token of a trace, "" if the same."""
+    return "" if t["favourite"] == t["token"] else visible(t["favourite"])
+
+
+def visible(token):
+    r"""A token as one word: blanks as dots, what has no glyph escaped.
+
+    >>> print(visible(" is\n"))
+    ·is\n
+    """
+    found = ""
+    for c in token:
+        found += "·" if c == " " else c if c.isprintable() else repr(c)[1:-1]
+    return found
+
+
+def provenance_lines(results):
+    """What was done, with what, on what, and how long it took."""
+    config, e, seconds = results["config"], results["environment"], results["seconds"]
+    damage = ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in e["damage"].items())
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    peak = e.get("peak_gpu_memory_gib", e["peak_memory_gib"])
+    return ["", f"damage {damage_of(config)}: {damage or 'no weight of it by our hand'}",
+            f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} "
+            f"(text {e['text_sha256']}); train data {e['data_sha256']}; "
+            f"eval data {e['eval_sha256']} {e['eval_examples']}",
+            f"seed {config['seed']}; {sum(seconds.values()) / 60:.1f} minutes ({parts}), "
+            f"peak memory {peak:.1f} GiB, {config['dtype']}, {e['processor']}, "
+            f"{e['processes']} x {e['threads']} threads"]
+
+
+def damage_of(config):
+    """What a run did to its student, in the words of its options.
+
+    >>> damage_of({"student": "", "forget": "tooluse", "degrade": "int4"})
+    'forget tooluse, int4'
+    """
+    words = []
+    if config.get("student"):
+        words.append(config["student"])
+    if config.get("forget"):
+        words.append(f"forget {config['forget']}")
+    if config["degrade"] not in ("", "none"):
+        words.append(config["degrade"])
+    return ", ".join(words) or "none"
+
+
+def to_json(value, **layout):
+    """json.dumps, where null stands for what JSON has no word for: the infinities and nan of a
+    model that training broke.
+
+    >>> to_json([1.5, math.nan])
+    '[1.5, null]'
+    """
+    return json.dumps(each_leaf(value, finite_or_none), allow_nan=False, **layout)
+
+
+def finite_or_none(x):
+    """x, but None for a number that is not finite."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def each_leaf(x, change):
+    """The same structure of dictionaries and lists, with every leaf changed."""
+    if isinstance(x, dict):
+        return {key: each_leaf(value, change) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [each_leaf(value, change) for value in x]
+    return change(x)
+
+
+# --------------------------------------------------------------------------- One run in a picture
+
+def draw(results, steps, path):
+    """report.png: the recovery curve, CKA by layer and between all layers, and a step, shown.
+
+    steps: the lines of metrics.jsonl. False where there is no matplotlib, and nothing is drawn.
+    """
+    pyplot = find_pyplot()
+    if pyplot is None:
+        return False
+    rows = step_rows(results)
+    height = 0.4 * len(rows)
+    figure = pyplot.figure(figsize=(16, 4 + height), layout="constrained")
+    panels = figure
+    if rows:
+        panels, strips = figure.subfigures(2, 1, height_ratios=[4, height])
+        draw_step(strips, rows)
+    left, middle, right = panels.subplots(1, 3)
+    draw_curves(left, [s for s in steps if s["stage"].startswith("recovered")])
+    left.set(title=f"Recovery from {damage_of(results['config'])}", xlabel="step", ylim=0)
+    draw_cka(middle, results["cka"])
+    draw_layers(panels, right, list(results["stages"])[-1], results["cka_layers"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a token may have characters that no font has
+        figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def find_pyplot():
+    """matplotlib.pyplot, drawing into files; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def draw_curves(axis, steps):
+    """Each recovery's KL by step; its loss where there is no KL."""
+    shown = "kl" if steps and "kl" in steps[0] else "loss"
+    for stage in dict.fromkeys(s["stage"] for s in steps):
+        mine = [s for s in steps if s["stage"] == stage and shown in s]
+        axis.plot([s["step"] + 1 for s in mine], [s[shown] for s in mine], label=stage)
+    axis.set(ylabel=f"{shown}, nats per token")
+    if axis.lines:
+        axis.legend()
+
+
+def draw_cka(axis, levels):
+    """CKA with the healthy model by layer: a line a stage, dotted over tokens."""
+    for level, style in (("tokens", ":"), ("samples", "-")):
+        for i, (stage, kinds) in enumerate(levels.get(level, {}).items()):
+            values = kinds["linear_debiased"]
+            axis.plot(range(1, len(values) + 1), values, style, color=f"C{i}",
+                      label=f"{stage}, {level}")
+    axis.set(title="CKA with the healthy model (linear, debiased)", xlabel="layer")
+    if axis.lines:
+        axis.legend()
+
+
+def draw_layers(figure, axis, stage, layers_of):
+    """CKA of every layer of this stage's model with every layer of the healthy one, as colours."""
+    if stage not in layers_of:
+        return
+    layers = layers_of[stage]
+    edges = [0.5, len(layers) + 0.5]  # layers are counted from 1
+    picture = axis.imshow(layers, origin="lower", vmin=0, vmax=1, extent=edges * 2)
+    axis.set(title=f"CKA over samples, {stage} x healthy",
+             xlabel="layer of the healthy model", ylabel=f"layer, {stage}")
+    figure.colorbar(picture, ax=axis)
+
+
+def step_rows(results):
+    """[(label, tokens)] of the first recovery's trace; a prompt's heading has no tokens."""
+    rows = []
+    for traces in list(results.get("step", {}).values())[:1]:
+        for first, last in zip(traces["first"], traces["last"]):
+            rows.append((" ".join(first["prompt"].split()), []))
+            rows.append(("before", first["tokens"]))
+            rows.append(("after", last["tokens"]))
+    return rows
+
+
+def draw_step(figure, rows):
+    """The student's tokens, a strip a row, coloured by KL; below them what the teacher prefers."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    axis = figure.subplots()
+    colours = ScalarMappable(Normalize(0, 2, clip=True),  # the same in every run: pictures compare
+                             LinearSegmentedColormap.from_list("kl", ["whitesmoke", "tomato"]))
+    cells = [strip_cells(tokens) for _, tokens in rows]
+    width = max(100, *(sum(len(shown) for shown, _, _ in row) for row in cells)) + 8
+    size = min(9, 1600 / width)  # of the font: 16 inches hold `width` characters
+    style = {"family": "monospace", "va": "center", "parse_math": False}
+    for y, (label, _) in enumerate(rows):
+        x = 8
+        axis.text(0, y, label, size=9 if not cells[y] else size, **style)
+        for (shown, below, kl) in cells[y]:
+            axis.broken_barh([(x, len(shown) - 0.3)], (y - 0.45, 0.9), color=colours.to_rgba(kl))
+            axis.text(x + 0.2, y - 0.15, shown.rstrip(), size=size, **style)
+            axis.text(x + 0.2, y + 0.25, below, size=0.75 * size, color="dimgray", **style)
+            x += len(shown)
+    axis.set(xlim=(0, width), ylim=(len(rows) - 0.5, -0.5))
+    axis.set_axis_off()
+    axis.set_title("A step, shown: the student's tokens; below them what the teacher prefers, "
+                   "where that differs", fontsize=10, loc="left")
+    figure.colorbar(colours, ax=axis, extend="max", label="KL(teacher || student)", pad=0.01,
+                    aspect=10)
+
+
+def strip_cells(tokens):
+    """(token, what the teacher prefers, KL) of each, the token padded to its cell's width."""
+    cells = []
+    for t in tokens:
+        shown, below = visible(t["token"])[:12], preferred(t)[:12]
+        width = max(len(shown), math.ceil(0.75 * len(below))) + 1
+        cells.append((f"{shown:{width}}", below, t["kl"]))
+    return cells

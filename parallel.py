@@ -1,14 +1,20 @@
-"""One job on several processes: which one this is, what its share of the work is, and how shares come together.
+"""One job on several processes: which one this is, what its share of the work is, and how shares
+come together; and what the machine is good at.
 
-    torchrun --nproc_per_node 2 train.py              # every process a whole student, gradients summed (data parallel)
-    torchrun --nproc_per_node 8 train.py --shard      # parameters, gradients and optimizer states cut into shares (FSDP2)
+    torchrun --nproc_per_node 2 train.py           # a whole student each, gradients summed
+    torchrun --nproc_per_node 8 train.py --shard   # parameters, gradients, optimizer cut (FSDP2)
 
-torchrun starts the processes and tells each its number; without it there is one, and everything here passes through. All read
-the same files and take the same steps. Rollouts, the batch, and what is measured are shared out; process 0 alone writes.
+torchrun starts the processes and tells each its number. Without it there is one, and everything
+here passes through. All read the same files and take the same steps. Rollouts, the batch, and what
+is measured are shared out; process 0 alone writes.
 """
 import contextlib
 import os
+import platform
+import resource
 import signal
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,8 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-import machine
-from model import GPT, exact_weight, frozen_copy
+from model import GPT, frozen_copy
 
 
 class PeerLost(Exception):
@@ -27,17 +32,19 @@ class PeerLost(Exception):
 def start(device):
     """Join the others, if there are any; returns this process's own device."""
     global store
-    machine.keep_freed_memory()
     if not dist.is_torchelastic_launched():
         return device
-    cuda = device.startswith("cuda") and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
+    wanted = device.startswith("cuda")
+    cuda = wanted and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if wanted else device
     if cuda:
         torch.cuda.set_device(device)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # torchrun keeps it
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
-    signal.signal(signal.SIGTERM, _peer_lost)  # what torchrun sends when another process has died
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False)  # torchrun keeps it
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    signal.signal(signal.SIGTERM, _peer_lost)  # what torchrun sends when another one has died
     return device
 
 
@@ -52,7 +59,7 @@ def stop():
 
 
 @contextlib.contextmanager
-def together():
+def watching_peers():
     """PeerLost, if another process dies while this one waits for it in the body."""
     try:
         yield
@@ -95,7 +102,7 @@ def share(items):
 
 
 def gather(items):
-    """The lists of all processes, joined in the order of the processes: gather([f(i) for i in share(items)])."""
+    """The lists of all processes, joined in their order: gather([f(i) for i in share(items)])."""
     if size() == 1:
         return items
     lists = [None] * size()
@@ -103,49 +110,55 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
-def sum_gradients_(parameters):
-    """The gradient of the whole batch from those of its shares, in place; FSDP has added them up, and divided by their number."""
-    for p in parameters if size() > 1 else ():
+def reduce_(parameters, line):
+    """The whole batch's gradients and logged sums, in place, from those of its shares.
+
+    FSDP has added up the gradients, and divided them by the number of processes.
+    """
+    if size() == 1:
+        return
+    for p in parameters:
         if isinstance(p, DTensor):
             p.grad.mul_(size())
         else:
             dist.all_reduce(p.grad)
+    for name in {"loss", "kl", "cka"} & line.keys():
+        line[name] = sum(gather([line[name]]))
 
 
 def shard_(model):
-    """Cut parameters, and with them gradients and optimizer states, into one share a process, block by block (FSDP2).
+    """Cut parameters, and with them gradients and optimizer states, into one share a process, block
+    by block (FSDP2).
 
-    Blocks are put together while they compute; embeddings and head stay so from forward to backward, since `model.head` is
-    called in between.
+    Blocks are put together while they compute. Embeddings and head stay so from forward to
+    backward, since `model.head` is called in between.
     """
     mesh = init_device_mesh(model.device.type, (size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "backbone")
+    model.named_weights = lambda: whole(model).named_weights()
 
 
 def sharded(model):
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def full(tensor):
-    """A tensor put together from its shares, if it is cut into such."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def whole(model, dtype=None):
-    """The model itself, or of a sharded one a plain copy in dtype (as it is held, if None), on every process."""
+    """The model itself; of a sharded one a plain copy in dtype (as it is held, if None), on every
+    process."""
     if not sharded(model):
         return model
     with torch.device("meta"):
         plain = GPT(model.config)
     names, state = [name for name, _ in plain.named_parameters()], {}
-    for beginning, part in [*((f"layers.{i}.", layer) for i, layer in enumerate(model.layers)), ("", model)]:
+    parts = [(f"layers.{i}.", layer) for i, layer in enumerate(model.layers)]
+    for beginning, part in [*parts, ("", model)]:
         part.unshard()
         for name in names:
             if name.startswith(beginning) and name not in state:
-                w = exact_weight(model, name)
+                w = model.weight(name)
                 state[name] = w.to(dtype or w.dtype, copy=True)
         part.reshard()
     plain.load_state_dict(state, assign=True)
@@ -153,5 +166,33 @@ def whole(model, dtype=None):
 
 
 def plain_copy(model, dtype):
-    """A plain copy in dtype that does not train, on every process; a sharded model is put together once, not copied again."""
+    """A plain copy in dtype that does not train, on every process; a sharded model is put together
+    once, not copied again."""
     return whole(model, dtype) if sharded(model) else frozen_copy(model, dtype)
+
+
+# ----------------------------------------------------------------------------------- the machine
+
+def bfloat16_is_fast(device):
+    """Whether the processor has instructions that multiply matrices of bfloat16."""
+    if device.startswith("cuda"):  # is_bf16_supported counts emulation, too
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def processor(device):
+    """Its name; a CPU's where Linux tells, with the vector instructions that decide its speed."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def peak_memory_gib():
+    """The most memory that this process has held so far."""
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,43 +1,56 @@
-"""Pruning (§5.2): neurons taken out of the feed-forward network, or single weights held at zero.
+"""Pruning (§5.2): neurons taken out of the feed-forward network, or weights held at zero.
 
-Structured, as in the paper's Table 4: of each block's hidden neurons the least important are removed for good, with the rows of
-gate and up and the column of down that belong to them, so that the model is smaller. The paper cites LLM-Pruner and gives no
-criterion; a neuron j with activations h_j over some calibration data is worth
+Structured, as in the paper's Table 4: the least important hidden neurons of each block are removed
+for good, with their rows of gate and up and their column of down, so that the model is smaller. The
+paper cites LLM-Pruner and gives no criterion. A neuron j with activations h_j over calibration data
+is worth
 
     activation   |h_j|_2 |W_down[:, j]|_2                     what it adds to the residual stream
     weight       |W_gate[j]|_2 |W_up[j]|_2 |W_down[:, j]|_2   (GPT-2 has no gate)
 
-Unstructured: a mask of a weight [out, in], True = kept, that survives training. A weight is worth |W_ij| (magnitude, compared
-over its matrix) or |W_ij| |X_j|_2 with X_j the j-th input over calibration data (Wanda, 2306.11695, compared within its row);
-n:m keeps n of every m neighbours in a row.
+Unstructured: a mask of a weight [out, in], True = kept, that survives training. A weight is worth
+|W_ij| (magnitude, compared over its matrix) or |W_ij| |X_j|_2, with X_j the j-th input over
+calibration data (Wanda, 2306.11695, compared within its row); n:m keeps n of every m neighbours.
 """
 import math
-import re
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from model import Linear
-from quant import block_linears, quantize_
+from quant import StraightThrough, block_linears
 
+# ----------------------------------------------------------------------------------------- masks
 
 def magnitude_mask(w, sparsity):
-    """Keep the largest ceil((1 - sparsity) * numel) weights of w by absolute value -> bool, True = kept; ties by position."""
+    """Keep the largest ceil((1 - sparsity) * numel) weights of w by absolute value -> bool, True =
+    kept; of equals the first. ValueError unless 0 <= sparsity < 1.
+
+    >>> magnitude_mask(torch.tensor([[3.0, -1.0], [-2.0, 0.1]]), 0.5).tolist()
+    [[True, False], [True, False]]
+    """
     return _keep_largest(w.abs().flatten(), _kept(w.numel(), sparsity)).view_as(w)
 
 
 def wanda_mask(w, x_norm, sparsity=None, n=None, m=None):
-    """Keep, in each row of w [out, in], the largest by |W_ij| |X_j|_2: ceil((1 - sparsity) * in), or n of every m neighbours.
+    """Keep, in each row of w [out, in], the largest by |W_ij| |X_j|_2: ceil((1 - sparsity) * in) of
+    them, or n of every m neighbours -> bool, True = kept.
 
-    x_norm [in] is the 2-norm of each input over the calibration tokens; ones give plain magnitudes. -> bool, True = kept.
+    x_norm [in] is the 2-norm of each input over the calibration tokens; ones give magnitudes.
     ValueError unless m divides the inputs and 0 < n <= m, or 0 <= sparsity < 1.
+
+    >>> w, x_norm = torch.tensor([[1.0, -2.0, 3.0, 9.0]]), torch.tensor([1.0, 2.0, 1.0, 0.0])
+    >>> wanda_mask(w, x_norm, sparsity=0.5).tolist()      # scores 1, 4, 3, 0
+    [[False, True, True, False]]
+    >>> wanda_mask(w, x_norm, n=1, m=2).tolist()
+    [[False, True, True, False]]
     """
     score = w.abs() * x_norm
     if m is None:
         return _keep_largest(score, _kept(w.size(1), sparsity))
     if not 0 < n <= m or w.size(1) % m:
-        raise ValueError(f"{n}:{m} sparsity needs 0 < {n} <= {m}, and {m} to divide the {w.size(1)} inputs of a linear layer")
+        raise ValueError(f"{n}:{m} sparsity needs 0 < {n} <= {m}, and {m} to divide "
+                         f"the {w.size(1)} inputs of a linear layer")
     return _keep_largest(score.unflatten(1, (-1, m)), n).flatten(1)
 
 
@@ -53,52 +66,25 @@ def _keep_largest(score, k):
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
 
-class _Masked(torch.autograd.Function):
-    """w where kept, else exactly 0; nothing is saved that one backward pass would free (see quant._StraightThrough)."""
-
-    @staticmethod
-    def forward(ctx, w, mask):
-        ctx.mask = mask
-        return w.masked_fill(~mask, 0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.masked_fill(~ctx.mask, 0), None
-
-
 class Mask(nn.Module):
-    """A parametrization: pruned weights are seen as 0 and get no gradient, whatever the optimizer holds."""
+    """A parametrization: pruned weights are seen as 0 and get no gradient, whatever the optimizer
+    holds."""
+
+    lasting = True  # also after a low-rank update, see quant.add_lora_
 
     def __init__(self, mask):
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, w):
-        return _Masked.apply(w, self.mask)
-
-
-@torch.no_grad()
-def input_norms(model, sequences):
-    """{linear: 2-norm of each of its inputs over all tokens of the sequences, [in] float32} for every linear of the blocks."""
-    squares, hooks = {}, []
-    for linear in block_linears(model):
-        def add(linear, inputs):
-            x = inputs[0].flatten(0, -2).float()
-            squares[linear] = squares.get(linear, 0) + x.square().sum(0)
-        hooks.append(linear.register_forward_pre_hook(add))
-    try:
-        for ids in sequences:
-            model.backbone(torch.tensor([ids], device=model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {linear: s.sqrt() for linear, s in squares.items()}
+        return StraightThrough.apply(w, w.detach().masked_fill(~self.mask, 0), self.mask)
 
 
 def prune_(model, method, sparsity=None, n=None, m=None, norms=None):
-    """Hold weights of every linear of the blocks at zero, in place. method: magnitude, wanda (with norms from `input_norms`).
+    """Hold weights of every linear of the blocks at zero, in place; returns how many.
 
-    With n and m, n of every m neighbours in a row are kept. Returns the number of weights held at zero.
+    method: magnitude, or wanda (with norms from `input_norms`). With n and m, n of every m
+    neighbours in a row are kept.
     """
     masks = {}
     for linear in block_linears(model):
@@ -114,105 +100,78 @@ def prune_(model, method, sparsity=None, n=None, m=None, norms=None):
 
 
 @torch.no_grad()
-def prune_ffn_(model, fraction, norms=None, multiple=1):
-    """Remove the least important `fraction` of each block's hidden neurons, in place, and for good; returns how many in all.
+def input_norms(model, sequences, done=None):
+    """{linear: 2-norm of each of its inputs over all tokens of the sequences, [in] float32}.
 
-    Important by activation with norms from `input_norms`, else by weight. Every block keeps the same number, see `neurons_kept`.
+    For every linear of the blocks; sequences are lists of ids. done(1) is called after each.
+    """
+    squares, hooks = {}, []
+
+    def add(linear, inputs):
+        x = inputs[0].flatten(0, -2).float()
+        squares[linear] = squares.get(linear, 0) + x.square().sum(0)
+
+    for linear in block_linears(model):
+        hooks.append(linear.register_forward_pre_hook(add))
+    try:
+        for ids in sequences:
+            model.backbone(torch.tensor([ids], device=model.device))
+            if done:
+                done(1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {linear: s.sqrt() for linear, s in squares.items()}
+
+
+# --------------------------------------------------------------------------------------- neurons
+
+@torch.no_grad()
+def prune_ffn_(model, fraction, norms=None, multiple=1):
+    """Remove the least important `fraction` of each block's hidden neurons, in place and for good.
+
+    Returns how many in all. Important by activation with norms from `input_norms`, else by weight.
+    Every block keeps the same number, see `neurons_kept`.
     """
     old, keep = model.config.d_ff, neurons_kept(model.config.d_ff, fraction, multiple)
     for layer in model.layers:
-        mlp = layer.mlp
-        score = mlp.down_proj.weight.float().norm(dim=0)
-        if norms is not None:
-            score = score * norms[mlp.down_proj]
-        else:
-            for name in ("gate_proj", "up_proj"):
-                score = score * (getattr(mlp, name).weight.float().norm(dim=1) if hasattr(mlp, name) else 1)
+        mlp, score = layer.mlp, importance(layer.mlp, norms)
         kept = score.argsort(descending=True, stable=True)[:keep].sort().values
-        for name in ("gate_proj", "up_proj"):
-            if hasattr(mlp, name):
-                setattr(mlp, name, _part(getattr(mlp, name), kept, 0))
+        if hasattr(mlp, "gate_proj"):
+            mlp.gate_proj = _part(mlp.gate_proj, kept, 0)
+        mlp.up_proj = _part(mlp.up_proj, kept, 0)
         mlp.down_proj = _part(mlp.down_proj, kept, 1)
     model.config.d_ff = keep
     return (old - keep) * len(model.layers)
 
 
+def importance(mlp, norms=None):
+    """What each hidden neuron of a feed-forward network is worth, [d_ff]: see the head of this
+    file; by activation with norms from `input_norms`, else by weight."""
+    score = mlp.down_proj.weight.float().norm(dim=0)
+    if norms is not None:
+        return score * norms[mlp.down_proj]
+    if hasattr(mlp, "gate_proj"):
+        score = score * mlp.gate_proj.weight.float().norm(dim=1)
+    return score * mlp.up_proj.weight.float().norm(dim=1)
+
+
 def neurons_kept(neurons, fraction, multiple=1):
-    """How many are left, without `fraction` of them: the nearest multiple (of a group of what comes after), at least one."""
-    return min(max(1, round((neurons - round(fraction * neurons)) / multiple)), neurons // multiple) * multiple
+    """How many are left without `fraction` of them: the nearest multiple (of a group of what comes
+    after), at least one.
+
+    >>> neurons_kept(1536, 0.1), neurons_kept(1536, 0.1, multiple=64)    # 1382 / 64 = 21.6
+    (1382, 1408)
+    """
+    groups = round((neurons - round(fraction * neurons)) / multiple)
+    return min(max(1, groups), neurons // multiple) * multiple
 
 
 def _part(linear, kept, dim):
     """A linear with only these outputs (dim 0) or inputs (dim 1)."""
     w, b = linear.weight.index_select(dim, kept), linear.bias
-    part = Linear(w.size(1), w.size(0), bias=b is not None, device="meta")
+    part = nn.Linear(w.size(1), w.size(0), bias=b is not None, device="meta")
     part.weight = nn.Parameter(w)
     if b is not None:
         part.bias = nn.Parameter(b[kept] if dim == 0 else b.clone())
     return part
-
-
-# Damages compose: 'ffn10,wanda30,int4' is done in this order, whatever the order written.
-
-DAMAGES = re.compile(r"(?P<ffn>ffn)(?P<fraction>\d+)?|(?P<mask>magnitude|wanda)(?:(?P<n>\d+):(?P<m>\d+)|(?P<sparsity>\d+))?"
-                     r"|(?P<grid>int[2-8]|nf4)")
-
-
-def parse_damage(text):
-    """'ffn10,int4' -> the matches of DAMAGES by what they do: {"ffn": …, "grid": …}. ValueError for anything else."""
-    found = {}
-    for scheme in text.split(","):
-        match = DAMAGES.fullmatch(scheme)
-        if not match:
-            raise ValueError(f"--degrade: unknown damage {scheme!r}: choose of ffn10, magnitude30, wanda30, wanda2:4, int4, nf4")
-        if int(match["fraction"] or match["sparsity"] or 0) >= 100:
-            raise ValueError(f"--degrade: {scheme} would leave nothing")
-        if match["m"] and not 0 < int(match["n"]) <= int(match["m"]):
-            raise ValueError(f"--degrade: {scheme} keeps {match['n']} of {match['m']}: it must keep at least 1, at most all")
-        kind = match["ffn"] or match["mask"] and "mask" or "grid"
-        if kind in found:
-            raise ValueError(f"--degrade: {found[kind][0]} and {scheme} cannot both be done to one weight")
-        found[kind] = match
-    return found
-
-
-def check_damage(config, damage, group_size):
-    """Of what the number of neurons that a block keeps must be a multiple; config is the GPTConfig of what will be damaged.
-
-    ValueError if the groups of what comes after neurons, n:m or a quantization's, do not fit its linears.
-    """
-    found = parse_damage(damage) if damage else {}
-    sizes = {}
-    if "mask" in found and found["mask"]["m"]:
-        sizes[f"{found['mask'][0]}: its groups of {found['mask']['m']} do"] = int(found["mask"]["m"])
-    if "grid" in found and found["grid"][0] != "nf4" and group_size:
-        sizes[f"group_size {group_size} does"] = group_size
-    multiple = math.lcm(*sizes.values())
-    if "ffn" in found and multiple > config.d_ff:
-        raise ValueError(f"--degrade: groups of {multiple} cannot be made of a block's {config.d_ff} neurons")
-    for name, size in sizes.items():
-        for inputs in (config.d_model, config.n_head * config.head_dim, multiple if "ffn" in found else config.d_ff):
-            if inputs % size:
-                raise ValueError(f"{name} not divide the {inputs} inputs of a linear layer")
-    return multiple
-
-
-def damage_(student, damage, sequences, importance, group_size, symmetric, double):
-    """Remove neurons, then mask weights, then quantize, in place; what was done, in numbers.
-
-    sequences: ids that activations are taken from, if they are needed; importance: of neurons, activation or weight; the rest
-    is quantize_'s.
-    """
-    found, done, multiple = parse_damage(damage), {}, check_damage(student.config, damage, group_size)
-    if "ffn" in found:
-        norms = input_norms(student, sequences) if importance == "activation" else None
-        done["neurons"] = student.config.d_ff * student.config.n_layer
-        done["neurons_removed"] = prune_ffn_(student, int(found["ffn"]["fraction"] or 10) / 100, norms, multiple)
-    if "mask" in found:
-        mask = found["mask"]
-        norms = input_norms(student, sequences) if mask["mask"] == "wanda" else None
-        n, m = (int(mask["n"]), int(mask["m"])) if mask["m"] else (None, None)
-        done["weights_held_at_zero"] = prune_(student, mask["mask"], int(mask["sparsity"] or 30) / 100, n, m, norms)
-    if "grid" in found:
-        done["weights_quantized"] = quantize_(student, found["grid"][0], group_size, symmetric, double)
-    return done

@@ -1,4 +1,7 @@
-"""A Hugging Face folder's byte-level BPE tokenizer on tiktoken: GPT-2's, SmolLM2's, Qwen2's; text to ids and back, and chats."""
+"""A Hugging Face folder's byte-level BPE tokenizer (GPT-2's, SmolLM2's, Qwen2's), on tiktoken.
+
+It turns text into ids and back, and a chat into the ids of a prompt.
+"""
 import json
 import re
 import unicodedata
@@ -8,55 +11,58 @@ import regex  # comes with tiktoken
 import tiktoken
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# As GPT-2's, after every digit was split off: a digit stands alone, and white space before one counts as at the end.
-DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# As GPT-2's, but a digit stands alone, and white space before a digit counts as at the end.
+DIGITS_PATTERN = (r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
+                  r"|\s+(?![^\s\p{N}])|\s+")
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 class Tokenizer:
     """A byte-level BPE vocabulary as a tiktoken Encoding.
 
-    tiktoken merges the pair whose union has the lowest rank. Ranks here are the order of the merges, not the ids, so
-    that any byte-level BPE fits: `id_of[rank]` translates. A byte that the vocabulary lacks gets a rank of its own and no id,
-    and is dropped, as Hugging Face's tokenizers drops it: after the text was split, before its pieces are merged.
+    tiktoken merges the pair whose union has the lowest rank. Ranks here are the order of the
+    merges, not the ids, so that any byte-level BPE fits: `id_of[rank]` translates. A byte that the
+    vocabulary lacks gets a rank of its own and no id. It is dropped after a text was split and
+    before the pieces are merged, as Hugging Face's tokenizers drops it.
     """
 
-    def __init__(self, vocab, merges, pattern, added=(), normal_form=None, eos=None, chat_template=""):
-        """added: tokenizer.json's added_tokens; they are found in a text before anything else is done with it."""
+    def __init__(self, vocab, merges, pattern, added=(), normal_form=None, eos=None,
+                 chat_template=""):
+        """added: tokenizer.json's added_tokens; a text is searched for them before all else."""
         self.added = {t["content"]: t["id"] for t in added}
         self.hidden = {t["id"] for t in added if t.get("special", True)}
-        byte_of = {c: b for b, c in enumerate(bytes_to_unicode())}
-        ids = {bytes([b]): vocab.get(c) for c, b in byte_of.items()}
-        self.lacks = bytes(token[0] for token, i in ids.items() if i is None)
-        for left, right in merges:
-            ids.setdefault(bytes(byte_of[c] for c in left + right), vocab[left + right])
-        for token, i in sorted(vocab.items(), key=lambda item: item[1]):
-            if token not in self.added and all(c in byte_of for c in token):
-                ids.setdefault(bytes(byte_of[c] for c in token), i)
+        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.any_added = re.compile(f"({'|'.join(longest_first)})") if added else None
+        self.pattern, self.normal_form, self.chat_template = pattern, normal_form, chat_template
+        self.eos, self.eos_id = eos, self.added.get(eos, vocab.get(eos))
+        ids = _ids_in_rank_order(vocab, merges, self.added)
         self.id_of = list(ids.values())
+        self.lacks = bytes(token[0] for token, i in ids.items() if i is None)
         self.bytes_of = {i: token for token, i in ids.items() if i is not None}
         self.bytes_of |= {i: token.encode() for token, i in self.added.items()}
         ranks = {token: rank for rank, token in enumerate(ids)}
-        self.encoding = tiktoken.Encoding("folder", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.pattern, self.normal_form, self.eos, self.chat_template = pattern, normal_form, eos, chat_template
-        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
-        self.split_added = re.compile(f"({'|'.join(longest_first)})").split if added else lambda text: [text]
-        self.eos_id = self.added.get(eos, vocab.get(eos))
+        self.encoding = tiktoken.Encoding("folder", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens={})
 
     def encode(self, text):
-        """str -> list of ids; special tokens written out in the text become their ids, as in Hugging Face's tokenizers."""
+        """str -> list of ids; special tokens in the text become their ids, as in tokenizers."""
         ids = []
-        for part in self.split_added(text):
+        for part in self.any_added.split(text) if self.any_added else [text]:
             ids += [self.added[part]] if part in self.added else self._encode_plain(part)
         return ids
 
     def _encode_plain(self, text):
-        text = unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+        if self.normal_form:
+            text = unicodedata.normalize(self.normal_form, text)
         if not set(text.encode("utf-8", errors="replace")).intersection(self.lacks):
             return [self.id_of[rank] for rank in self.encoding.encode_ordinary(text)]
-        pieces = (piece.encode().translate(None, self.lacks) for piece in regex.findall(self.pattern, text))
-        return [self.id_of[rank] for piece in pieces if piece for rank in self.encoding._encode_single_piece(piece)]
+        ids = []
+        for piece in regex.findall(self.pattern, text):
+            kept = piece.encode().translate(None, self.lacks)
+            if kept:
+                ids += [self.id_of[rank] for rank in self.encoding._encode_single_piece(kept)]
+        return ids
 
     def decode(self, ids, keep_special=False):
         """ids -> str; special tokens are left out unless asked for, broken UTF-8 becomes U+FFFD."""
@@ -66,13 +72,15 @@ class Tokenizer:
     def chat(self, messages):
         """[{"role", "content"}, …] -> ids of the prompt for the assistant's next turn.
 
-        ChatML (SmolLM2, Qwen2.5), with the template's own default system message when there is none; a model without
-        ChatML tokens gets a plain transcript: `Question: … Answer:`.
+        ChatML (SmolLM2, Qwen2.5), with the template's own default system message when there is
+        none; a model without ChatML tokens gets a plain transcript: `Question: … Answer:`.
         """
         if "<|im_start|>" not in self.added:
-            text = {"system": "{}\n\n", "user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
-            return self.encode("".join(text[m["role"]].format(m["content"]) for m in messages) + "Answer:")
-        default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'{}]+?)<\|im_end\|>", self.chat_template)
+            form = {"system": "{}\n\n", "user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
+            turns = [form[m["role"]].format(m["content"]) for m in messages]
+            return self.encode("".join(turns) + "Answer:")
+        default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'{}]+?)<\|im_end\|>",
+                            self.chat_template)
         if messages[0]["role"] != "system" and default:
             messages = [{"role": "system", "content": default[1]}, *messages]
         turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
@@ -80,55 +88,71 @@ class Tokenizer:
 
     def answer(self, text):
         """The ids of an assistant's answer to a `chat` prompt, end of turn included."""
-        return self.encode(text if "<|im_start|>" in self.added else " " + text) + [self.eos_id]
+        text = text if "<|im_start|>" in self.added else " " + text
+        return [*self.encode(text), self.eos_id]
 
 
 def bytes_to_unicode():
-    """The printable character that stands for each byte in a byte-level BPE vocabulary (GPT-2's table), in byte order."""
+    """The printable characters for the 256 bytes in a byte-level BPE vocabulary, in byte order.
+
+    As in GPT-2: a printable byte stands for itself, the others for U+0100, U+0101, …
+
+    >>> table = bytes_to_unicode()
+    >>> table[ord("A")], table[0], table[1], table[ord(" ")] == chr(0x100 + 32)
+    ('A', 'Ā', 'ā', True)
+    """
     keep = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     shifted = iter(range(256, 512))
     return [chr(b if b in keep else next(shifted)) for b in range(256)]
 
 
-def load_tokenizer(folder):
-    """The Tokenizer of a Hugging Face folder: tokenizer.json, or vocab.json + merges.txt (GPT-2, Qwen2).
+def _ids_in_rank_order(vocab, merges, added):
+    """{token's bytes: id or None}: the 256 bytes, the merges in order, then the other tokens."""
+    byte_of = {c: b for b, c in enumerate(bytes_to_unicode())}
+    ids = {bytes([b]): vocab.get(c) for c, b in byte_of.items()}
+    for left, right in merges:
+        ids.setdefault(bytes(byte_of[c] for c in left + right), vocab[left + right])
+    for token, i in sorted(vocab.items(), key=lambda item: item[1]):
+        if token not in added and all(c in byte_of for c in token):
+            ids.setdefault(bytes(byte_of[c] for c in token), i)
+    return ids
 
-    FileNotFoundError when neither is there; ValueError for a tokenizer that is not byte-level BPE.
+
+def load_tokenizer(folder):
+    """The Tokenizer of a Hugging Face folder: tokenizer.json, or vocab.json with merges.txt.
+
+    FileNotFoundError when neither is there; ValueError for one that is not byte-level BPE.
     """
     folder = Path(folder)
     config = _json(folder / "tokenizer_config.json", {})
-    eos = config.get("eos_token")
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    template = config.get("chat_template") or ""
-    if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t["name"] == "default"), "")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "tokenizer.json").exists():
-        spec = _json(folder / "tokenizer.json")
-        bpe = spec.get("model") or {}
-        if bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback") or not {"vocab", "merges"} <= set(bpe):
-            raise ValueError(f"{folder}/tokenizer.json: only byte-level BPE tokenizers are supported")
-        vocab, merges = bpe["vocab"], [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
-        added = spec.get("added_tokens", [])
-        pattern, form = _pattern(spec.get("pre_tokenizer"), folder), (spec.get("normalizer") or {}).get("type")
-        if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-            raise ValueError(f"{folder}/tokenizer.json: the normalizer {form} is not supported")
+        parts = _tokenizer_json(folder)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocab = _json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        added = [{**t, "id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
-        qwen = _json(folder / "config.json", {}).get("model_type") == "qwen2"
-        pattern, form = (QWEN2_PATTERN, "NFC") if qwen else (GPT2_PATTERN, None)
-        added = added or [{"content": t, "id": vocab[t]} for t in ("<|endoftext|>",) if t in vocab]
+        parts = _vocab_and_merges(folder, config)
     else:
-        raise FileNotFoundError(f"no tokenizer.json, and no vocab.json with merges.txt, in {folder}")
-    eos = eos or ("<|im_end|>" if any(t["content"] == "<|im_end|>" for t in added) else "<|endoftext|>")
-    tokenizer = Tokenizer(vocab, merges, pattern, added, form, eos, template)
+        wanted = "no tokenizer.json, and no vocab.json with merges.txt"
+        raise FileNotFoundError(f"{wanted}, in {folder}")
+    eos = _end_of_text(config, parts["added"])
+    tokenizer = Tokenizer(**parts, eos=eos, chat_template=_chat_template(folder, config))
     if tokenizer.eos_id is None:
         raise ValueError(f"{folder}: the end-of-text token {eos!r} is not in the vocabulary")
     return tokenizer
+
+
+def _tokenizer_json(folder):
+    """The Tokenizer's arguments in a tokenizer.json."""
+    spec = _json(folder / "tokenizer.json")
+    bpe = spec.get("model") or {}
+    other_type = bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback")
+    if other_type or not {"vocab", "merges"} <= set(bpe):
+        raise ValueError(f"{folder}/tokenizer.json: only byte-level BPE tokenizers are supported")
+    pattern = _pattern(spec.get("pre_tokenizer"), folder)
+    form = (spec.get("normalizer") or {}).get("type")
+    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"{folder}/tokenizer.json: the normalizer {form} is not supported")
+    merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
+    return {"vocab": bpe["vocab"], "merges": merges, "pattern": pattern,
+            "added": spec.get("added_tokens", []), "normal_form": form}
 
 
 def _pattern(spec, folder):
@@ -144,11 +168,47 @@ def _pattern(spec, folder):
         return DIGITS_PATTERN
     if kinds == ["Split", "ByteLevel"] and not by_regex and "Regex" in steps[0]["pattern"]:
         return steps[0]["pattern"]["Regex"]
-    raise ValueError(f"{folder}/tokenizer.json: the pre-tokenizer {' + '.join(kinds)} is not supported")
+    culprit = " + ".join(kinds)
+    raise ValueError(f"{folder}/tokenizer.json: the pre-tokenizer {culprit} is not supported")
+
+
+def _vocab_and_merges(folder, config):
+    """The Tokenizer's arguments in vocab.json and merges.txt, the older form (GPT-2, Qwen2)."""
+    vocab = _json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    added = [{**t, "id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
+    if not added and "<|endoftext|>" in vocab:
+        added = [{"content": "<|endoftext|>", "id": vocab["<|endoftext|>"]}]
+    qwen = _json(folder / "config.json", {}).get("model_type") == "qwen2"
+    pattern, form = (QWEN2_PATTERN, "NFC") if qwen else (GPT2_PATTERN, None)
+    return {"vocab": vocab, "merges": merges, "pattern": pattern, "added": added,
+            "normal_form": form}
+
+
+def _end_of_text(config, added):
+    """The token that ends an answer: tokenizer_config.json's, else the one that is usual."""
+    eos = config.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    chatml = any(t["content"] == "<|im_end|>" for t in added)
+    return eos or ("<|im_end|>" if chatml else "<|endoftext|>")
+
+
+def _chat_template(folder, config):
+    """The chat template's text: chat_template.jinja's, else tokenizer_config.json's, or ""."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):  # several, by name
+        return next((t["template"] for t in template if t["name"] == "default"), "")
+    return template
 
 
 def _json(path, default=None):
-    """A JSON file's object; `default` if it is given and the file is missing. ValueError on any other file."""
+    """A JSON file's object; `default` if it is given and the file is missing.
+
+    ValueError for a file of anything else.
+    """
     if default is not None and not path.exists():
         return default
     try:

@@ -1,4 +1,4 @@
-"""CKA against published values, the paper's formulas written out naively, its invariances, and hand-written loops."""
+"""CKA against published values, the paper's formulas written out, invariances, and plain loops."""
 import numpy as np
 import pytest
 import torch
@@ -24,7 +24,8 @@ def debiased(cka):
     return lambda x, y: cka(x, y, debiased=True)
 
 
-ALL = {"linear": linear_cka, "linear_debiased": debiased(linear_cka), "rbf": rbf_cka, "rbf_debiased": debiased(rbf_cka)}
+ALL = {"linear": linear_cka, "linear_debiased": debiased(linear_cka),
+       "rbf": rbf_cka, "rbf_debiased": debiased(rbf_cka)}
 all_kinds = pytest.mark.parametrize("cka", ALL.values(), ids=ALL.keys())
 linear_kinds = pytest.mark.parametrize("debias", [False, True])
 
@@ -81,12 +82,13 @@ def test_published_values():
 def test_equals_equations_3_and_4_written_out(d1, d2):
     """Whichever of the feature and the Gram form linear_cka picks."""
     x, y = pair(d1=d1, d2=d2)
-    k, l = (x @ x.T).numpy(), (y @ y.T).numpy()
-    assert linear_cka(x, y).item() == pytest.approx(naive_cka(naive_hsic, k, l), abs=1e-12)
-    assert linear_cka(x, y, debiased=True).item() == pytest.approx(naive_cka(naive_unbiased_hsic, k, l), abs=1e-12)
-    k, l = naive_rbf_gram(x, 0.7), naive_rbf_gram(y, 0.7)
-    assert rbf_cka(x, y, threshold=0.7).item() == pytest.approx(naive_cka(naive_hsic, k, l), abs=1e-12)
-    assert rbf_cka(x, y, threshold=0.7, debiased=True).item() == pytest.approx(naive_cka(naive_unbiased_hsic, k, l), abs=1e-12)
+    linear = (x @ x.T).numpy(), (y @ y.T).numpy()
+    rbf = naive_rbf_gram(x, 0.7), naive_rbf_gram(y, 0.7)
+    for debias, hsic in ((False, naive_hsic), (True, naive_unbiased_hsic)):
+        value = linear_cka(x, y, debiased=debias).item()
+        assert value == pytest.approx(naive_cka(hsic, *linear), abs=1e-12)
+        value = rbf_cka(x, y, threshold=0.7, debiased=debias).item()
+        assert value == pytest.approx(naive_cka(hsic, *rbf), abs=1e-12)
 
 
 @pytest.mark.parametrize("d1, d2", [(6, 9), (40, 9), (40, 50)])
@@ -109,10 +111,12 @@ def test_centering_is_c_k_c_and_u_centering_gives_the_unbiased_hsic():
 def test_invariant_to_rotation_scale_and_translation_and_to_nothing_more(cka):
     x, y = pair()
     value = cka(x, y).item()
-    q, _ = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    generator = torch.Generator().manual_seed(1)
+    q, _ = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64, generator=generator))
     for same in (y @ q, 7.5 * y, y + torch.arange(9.0), -0.1 * y @ q - 4):
         assert cka(x, same).item() == pytest.approx(value, abs=1e-9)
-    assert abs(cka(x, y * torch.arange(1, 10)) - value) > 0.01  # each dimension by a factor of its own
+    stretched = y * torch.arange(1, 10)  # each dimension by a factor of its own
+    assert abs(cka(x, stretched) - value) > 0.01
 
 
 @all_kinds
@@ -136,21 +140,23 @@ def test_debiased_is_near_zero_for_independent_data_where_biased_is_near_one(cka
 
 @pytest.mark.parametrize("n", [5, 6])
 def test_rbf_median_is_over_all_squared_distances_zeros_included(n):
-    """Both for an odd and an even number n^2 of distances; leaving the diagonal out would give another number."""
+    """For an odd and an even number n^2 of distances; without the diagonal it would be another."""
     x, _ = pair(n=n)
     distance = ((x[:, None] - x[None]) ** 2).sum(-1)
     median = np.median(distance.numpy())
     assert median < np.median(distance[~torch.eye(n, dtype=bool)].numpy())
     for threshold in (0.5, 1.0, 2.0):
         gram = rbf_gram(x @ x.T, threshold)
-        torch.testing.assert_close(gram, torch.exp(-distance / (2 * threshold ** 2 * median)), rtol=1e-10, atol=1e-12)
+        expected = torch.exp(-distance / (2 * threshold ** 2 * median))
+        torch.testing.assert_close(gram, expected, rtol=1e-10, atol=1e-12)
 
 
 @linear_kinds
 def test_rbf_of_a_large_threshold_is_linear(debias):
     x, y = pair()
-    assert rbf_cka(x, y, threshold=1e3, debiased=debias).item() == pytest.approx(linear_cka(x, y, debias).item(), abs=1e-5)
-    assert abs(rbf_cka(x, y, 0.5, debias) - linear_cka(x, y, debias)) > 1e-3
+    linear = linear_cka(x, y, debias).item()
+    assert rbf_cka(x, y, threshold=1e3, debiased=debias).item() == pytest.approx(linear, abs=1e-5)
+    assert abs(rbf_cka(x, y, 0.5, debias) - linear) > 1e-3
 
 
 @all_kinds
@@ -168,7 +174,8 @@ def test_leading_dimension_equals_a_loop(cka, d):
     x, y = pair(d1=d, layers=(3,))
     together = cka(x, y)
     assert together.shape == (3,)
-    torch.testing.assert_close(together, torch.stack([cka(a, b) for a, b in zip(x, y)]), rtol=0, atol=1e-12)
+    alone = torch.stack([cka(a, b) for a, b in zip(x, y)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
 
 
 @all_kinds
@@ -186,13 +193,14 @@ def test_debiased_needs_four_rows(cka):
     assert cka(x[:3], y[:3]).isfinite()
 
 
-# --------------------------------------------------------------------------------------------------- from hidden states
+# --------------------------------------------------------------------------------------------------
+# From hidden states
 
 LENGTHS = (6, 3, 11, 4, 7)
 
 
 def some_states(seed, related_to=None):
-    """What hidden_states gives: per sequence [2 layers, T, 5 features], here with layers and features of unlike scale."""
+    """As hidden_states gives: per sequence [2 layers, T, 5 features], here of unlike scales."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.tensor([1.0, 3.0])[:, None, None] * torch.tensor([1.0, 2.0, 5.0, 0.1, 1.0])
     states = [torch.randn(2, t, 5, generator=generator) * scale for t in LENGTHS]
@@ -200,7 +208,7 @@ def some_states(seed, related_to=None):
 
 
 def test_token_level_is_the_mean_over_sequences():
-    """Every sequence counts alike, whatever its length; one of 3 tokens, too short for the debiased estimators, is left out."""
+    """Sequences count alike, whatever their length; one too short for the debiased is left out."""
     a = some_states(0)
     b = some_states(1, related_to=a)
     result = token_level(a, b)
@@ -219,11 +227,13 @@ def test_sample_level_compares_z_scored_last_tokens():
     result = sample_level(a, b)
     assert tuple(result) == KINDS
     for layer in range(2):
-        last = [np.array([h[layer, -1].double().tolist() for h in states]) for states in (a, b)]  # [5 sequences, 5 features]
+        # [5 sequences, 5 features] each
+        last = [np.array([h[layer, -1].double().tolist() for h in states]) for states in (a, b)]
         x, y = (torch.from_numpy((h - h.mean(0)) / h.std(0, ddof=1)) for h in last)
         for kind, cka in ALL.items():
             assert result[kind][layer] == pytest.approx(cka(x, y).item(), abs=1e-10)
-            assert abs(result[kind][layer] - cka(*map(torch.from_numpy, last))) > 1e-3  # z-scoring matters
+            as_they_are = cka(*map(torch.from_numpy, last))
+            assert abs(result[kind][layer] - as_they_are) > 1e-3, "z-scoring matters"
 
 
 def test_between_layers_is_the_sample_level_of_each_pair():
@@ -248,28 +258,40 @@ def test_sample_level_survives_a_dimension_that_never_changes():
 
 def tiny(seed):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(vocab_size=64, n_layer=3, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64, context_length=64))
+    return GPT(GPTConfig(vocab_size=64, n_layer=3, d_model=32, n_head=4, n_kv_head=2, head_dim=8,
+                         d_ff=64, context_length=64))
 
 
 def sequences():
-    return torch.randint(64, (6, 12), generator=torch.Generator().manual_seed(0)).tolist() + [[1, 2, 3, 4, 5]]
+    generator = torch.Generator().manual_seed(0)
+    return [*torch.randint(64, (6, 12), generator=generator).tolist(), [1, 2, 3, 4, 5]]
 
 
 def test_hidden_states_are_every_block_output_without_the_first_token():
     model = tiny(0)
     states = hidden_states(model, sequences())
     assert [x.shape for x in states] == [(3, 11, 32)] * 6 + [(3, 4, 32)]
+    outputs = []
+
+    def keep(module, args, out):
+        outputs.append(out.detach())
+    for module in [*model.layers, model.norm]:
+        module.register_forward_hook(keep)
     for ids, x in zip(sequences(), states):
-        outputs = []
-        hooks = [module.register_forward_hook(lambda module, args, out, outputs=outputs: outputs.append(out.detach()))
-                 for module in [*model.layers, model.norm]]
+        outputs.clear()
         model(torch.tensor([ids]))
-        for hook in hooks:
-            hook.remove()
         del outputs[2]  # the last block counts after the final norm
         torch.testing.assert_close(x, torch.cat(outputs)[:, 1:], rtol=1e-5, atol=1e-5)
         assert not x.requires_grad and x.dtype == torch.float32
     assert all(x.dtype == torch.float32 for x in hidden_states(tiny(0).bfloat16(), sequences()))
+
+
+def test_hidden_states_of_many_sequences_say_how_many_were_read():
+    model, many, read = tiny(0), sequences() * 3, []
+    states = hidden_states(model, many, done=read.append)
+    assert read == [8, 8, 5] and len(states) == 21
+    for x, last in zip(states, hidden_states(model, many, last=True)):
+        torch.testing.assert_close(last, x[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("level", [token_level, sample_level])
@@ -278,4 +300,4 @@ def test_identical_models_give_one_on_every_layer_and_others_less(level):
     for kind in KINDS:
         assert same[kind] == pytest.approx([1, 1, 1], abs=1e-9)
     other = level(hidden_states(tiny(0), sequences()), hidden_states(tiny(1), sequences()))
-    assert all(value < 0.95 for kind in ("linear_debiased", "rbf_debiased") for value in other[kind])
+    assert all(value < 0.95 for value in [*other["linear_debiased"], *other["rbf_debiased"]])

@@ -1,0 +1,303 @@
+"""A Config made into a Run: everything is read and checked here, before anything is written.
+
+`prepare` raises ValueError or OSError, in one line, for each mistake of a user's.
+"""
+import dataclasses
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import data
+import evaluate
+import model as plain
+import parallel
+import sdft
+from damage import check_groups, parse_damage, put_on_grid, remove_neurons, require
+from model import GPT, frozen_copy
+
+WAYS = "sdft", "kd", "sft", "none"
+
+
+@dataclass
+class Lesson:
+    """One training: who learns, in which way, from whom, on what, how fast."""
+
+    stage: str          # what comes of it: healthy, degraded, recovered…
+    how: str            # sdft, kd, sft; or none
+    teacher: str        # a name in Run.teachers; "" for sft
+    batches: list       # of lists of sdft.Prompt
+    lr: float
+    loss: str           # a name in sdft.LOSSES
+    recovery: bool = False
+
+
+@dataclass
+class Run:
+    """What `prepare` made of a Config, and what `execute` makes of that."""
+
+    config: object                   # train.Config
+    folder: Path                     # of the healthy model
+    teachers: dict                   # name -> GPT, frozen: base, folders; healthy comes in time
+    student: GPT                     # to be damaged
+    expert: Lesson | None            # §5.1, §5.3: makes the healthy model
+    forgetting: Lesson | None        # §5.1: makes the degraded one, before any other damage
+    recoveries: list                 # of Lesson, each from the same damage
+    calibration: list                # ids that activations are taken from, where any are
+    evaluation: evaluate.Evaluation  # what is measured
+    facts: dict                      # hashes and counts that results.json reports
+    backward: object                 # sdft.backward, or a faster one
+    stages: dict = dataclasses.field(default_factory=dict)   # name -> evaluate.Measurement
+    seconds: dict = dataclasses.field(default_factory=dict)
+    shown: dict = dataclasses.field(default_factory=dict)    # stage -> a step, token by token
+    healthy_states: dict | None = None                       # for CKA
+
+
+def prepare(c):
+    """Read and check everything; ValueError or OSError, in one line, for a user's mistake."""
+    if not c.degrade:
+        c.degrade = "none" if c.student or c.forget or c.bootstrap else "int4"
+    check_options(c)
+    if c.dtype == "auto":
+        c.dtype = "bfloat16" if parallel.bfloat16_is_fast(c.device) else "float32"
+    tasks, forgetting, further = read_tasks(c)
+    texts = read_texts(c)
+    with parallel.first():
+        folder = Path(c.model) if c.model else checkpoint.default_model()
+    tokenizer = data.load_tokenizer(folder)
+    teachers, student = read_models(c, folder, tokenizer, texts["perplexity"][:4000])
+    check_models(c, teachers, student, tokenizer)
+    context = min(m.config.context_length for m in [student, *teachers.values()])
+    score, backward, generate = implementation(c)
+
+    windows = {metric: data.text_windows(tokenizer, text, length=min(256, context))
+               for metric, text in texts.items()}
+    evaluation = evaluate.Evaluation(
+        tokenizer, splits_of([*tasks, *forgetting, *further], c.eval_limit), windows,
+        evaluate.cka_sequences(c, tokenizer, [*tasks, *forgetting], windows["perplexity"]),
+        c.eval_tokens, generate, score)
+    expert, damaging = plan_history(c, tokenizer, tasks, forgetting)
+    run = Run(c, folder, teachers, student, expert, damaging, plan_recoveries(c, tokenizer, tasks),
+              calibration_of(c, tokenizer, tasks), evaluation,
+              facts(folder, student, tasks, evaluation, texts), backward)
+    check_lengths(run, context)
+    if parallel.rank() == 0:
+        prepare_out(Path(c.out))
+    return run
+
+
+def check_options(c):
+    """ValueError for options that are out of range or do not go together."""
+    damages, teachers, ways = parse_damage(c.degrade), c.teacher.split(","), c.recover.split(",")
+    for how in ways:
+        require(how in WAYS, f"--recover: unknown way {how!r}: choose of {', '.join(WAYS)}")
+    for folder in (c.model, c.bootstrap, c.student, *teachers):
+        path = Path(folder).resolve()
+        inside = path.is_dir() and path.parent == Path(c.out).resolve()
+        require(not (inside and path.name.startswith("student")),
+                f"{folder} lies in --out, where this run would overwrite it: choose another --out")
+    require("" not in teachers and c.bootstrap not in ("healthy", "base"),
+            "--teacher takes names or folders by commas, none empty, and --bootstrap a folder")
+    for many in (ways, teachers):
+        require(len(set(many)) == len(many), "--recover and --teacher must not name anything twice")
+    for history in ("bootstrap", "forget"):
+        require(not (c.student and getattr(c, history)),
+                f"--student is a damaged model, and --{history} makes a healthy one: leave out one")
+    require(c.cka_weight or not c.cka_balance,
+            "--cka-balance scales --cka-weight: give one above 0")
+    require(c.calibration >= 4 or not c.cka_patience,
+            "--cka-patience is CKA over --calibration examples: give at least 4")
+    require(not (c.lora and c.train_embeddings),
+            "--lora trains low-rank updates alone: leave out --train-embeddings")
+    require(not (c.ema and any(what is remove_neurons for what, _ in damages)),
+            "--ema: a teacher can only follow a student of its own shape; ffn changes it")
+    cuda, seen = re.fullmatch(r"cuda(:(0|[1-9]\d*))?", c.device), torch.cuda.device_count()
+    require(c.device == "cpu" or cuda and int(cuda[2] or 0) < seen,
+            f"--device {c.device}: this torch sees {seen} CUDA devices; try --device cpu")
+    n = parallel.size()
+    require(n > 1 or not c.shard, "--shard cuts the student into shares for several processes; "
+                                  "start with torchrun --nproc_per_node N")
+    require(c.batch_size % n == 0,
+            f"--batch-size {c.batch_size} cannot be shared evenly by {n} processes")
+
+
+def implementation(c):
+    """(score, backward, generate): the plain ones, or those of fast.py, which equal them."""
+    if c.plain:
+        return sdft.score, sdft.backward, plain.generate
+    import fast
+    return fast.score, fast.backward, fast.generate
+
+
+def splits_of(tasks, limit):
+    """{metric: examples} of every task that has questions, each once, at most limit a split."""
+    measured = {task.name: task for task in tasks if task.eval}  # a text may have a task's name
+    return {f"{task.name}_{split}": evaluate.spread(examples, limit)
+            for task in measured.values() for split, examples in task.eval.items()}
+
+
+def calibration_of(c, tokenizer, tasks):
+    """Ids that activations are taken from, if anything takes them."""
+    damages = [what for what, _ in parse_damage(c.degrade)]
+    needed = c.cka_patience or any(what is not put_on_grid for what in damages)
+    return evaluate.calibration_sequences(c, tokenizer, tasks) if needed else []
+
+
+def read_tasks(c):
+    """Tasks to recover on, tasks to forget by, and further ones that are only measured."""
+    trained, lost, asked = ([name for name in names.split(",") if name]
+                            for names in (c.data, c.forget, c.eval))
+    tasks, forgetting = ([data.load_task(name) for name in names] for names in (trained, lost))
+    further = []
+    for name in asked:
+        if name not in [*trained, *lost]:
+            further.append(data.load_task(name, measured_only=True))
+            require(further[-1].eval, f"--eval {name}: a text has no questions; for its perplexity "
+                                      "name a file in --text")
+    metrics = [Path(name).stem for name in {*trained, *lost, *asked}]
+    for metric in sorted(metrics):
+        require(not metric.startswith("perplexity"),
+                f"{metric}: its metric would be taken for a perplexity: rename the file")
+        n = metrics.count(metric)
+        require(n == 1, f"--data, --eval: {n} of them would be measured as {metric!r}: rename one")
+    return tasks, forgetting, further
+
+
+def read_texts(c):
+    """{metric: text} of --text; the first is `perplexity`, others add the file's name to it."""
+    texts = {}
+    for name in c.text.split(","):
+        metric = f"perplexity_{Path(name).stem}" if texts else "perplexity"
+        require(metric not in texts, f"--text: two would be measured as {metric!r}: rename a file")
+        texts[metric] = data.split_text()[1] if name == "python" else data.read_text(name)
+    return texts
+
+
+def read_models(c, folder, tokenizer, text):
+    """Who can teach, by name, and the student, not yet damaged by us."""
+    dtype = getattr(torch, c.dtype)
+    own = dtype if c.lora else torch.float32  # what the student is held in
+    student = GPT.from_pretrained(folder, own, c.device)
+    teachers = {"base": frozen_copy(student, dtype)}
+    folders = {*c.teacher.split(","), c.bootstrap} - {"healthy", "base", ""}
+    for name in sorted(folders):
+        teachers[name] = GPT.from_pretrained(name, dtype, c.device).eval().requires_grad_(False)
+    for name in sorted(folders | {c.student} - {""}):
+        other, chat = data.load_tokenizer(name), [{"role": "user", "content": text}]
+        same = other.encode(text) == tokenizer.encode(text)
+        require(same and other.chat(chat) == tokenizer.chat(chat),
+                f"{name}: its tokenizer must be that of the healthy model, {folder}")
+    if c.student:
+        student = GPT.from_pretrained(c.student, own, c.device)
+    return teachers, student
+
+
+def check_models(c, teachers, student, tokenizer):
+    """ValueError where models do not go together, or with the tokenizer or the damage."""
+    ours, base = student.config, teachers["base"].config
+    require(ours.n_layer == base.n_layer, f"--student {c.student} has {ours.n_layer} layers and "
+                                          f"the healthy model {base.n_layer}")
+    known = min(m.config.vocab_size for m in [student, *teachers.values()])
+    require(max(tokenizer.bytes_of) < known, f"the tokenizer has the id {max(tokenizer.bytes_of)}, "
+                                             f"but a model of this run knows only {known} ids")
+    check_groups(ours, c)
+    for name in c.teacher.split(","):
+        theirs = teachers.get(name, teachers["base"]).config  # healthy has the shape of base
+        require(not c.ema or theirs == ours, f"--ema: a teacher can only follow a student of its "
+                                             f"own shape, and {name} is of another")
+        require("sdft" not in c.recover or theirs.vocab_size >= ours.vocab_size,
+                f"{name} knows {theirs.vocab_size} ids and the student may say any of "
+                f"{ours.vocab_size}: it can teach by --recover kd")
+        require(not c.cka_weight or theirs.n_layer == ours.n_layer,
+                f"--cka-weight: {name} has {theirs.n_layer} layers and the student {ours.n_layer}")
+
+
+def prompts(c, tokenizer, tasks, steps, order, student_demo=False, teacher_demo=True):
+    """Batches of sdft.Prompt, where those of the two that are true see the demonstration."""
+    def prompt(e):
+        return sdft.Prompt(data.teacher_prompt(tokenizer, e, student_demo, c.text_prompt_tokens),
+                           data.teacher_prompt(tokenizer, e, teacher_demo, c.text_prompt_tokens),
+                           data.expert_answer(tokenizer, e, c.text_prompt_tokens, c.rollout_tokens))
+    return [[prompt(e) for e in batch] for batch in data.batches(tasks, steps, c.batch_size, order)]
+
+
+def plan_history(c, tokenizer, tasks, forgetting):
+    """(what makes the healthy model, what makes it forget): a Lesson each, or None."""
+    expert, damaging, order = None, None, f"expert {c.seed}"
+    if c.bootstrap:  # both see the demonstration; Fig. 7 writes KL(3B || 7B)
+        batches = prompts(c, tokenizer, tasks, c.expert_steps, order, student_demo=True)
+        expert = Lesson("healthy", "kd", c.bootstrap, batches, c.lr, "reverse_kl")
+    elif c.forget:
+        batches = prompts(c, tokenizer, tasks, c.expert_steps, order)
+        expert = Lesson("healthy", "sdft", "base", batches, c.lr, c.loss)
+    if c.forget:
+        batches = prompts(c, tokenizer, forgetting, c.forget_steps, f"forget {c.seed}")
+        damaging = Lesson("degraded", "sft", "", batches, c.forget_lr, c.loss)
+    return expert, damaging
+
+
+def plan_recoveries(c, tokenizer, tasks):
+    """A Lesson for each way of --recover by each --teacher."""
+    lessons, batches = [], prompts(c, tokenizer, tasks, c.steps, c.seed, teacher_demo=c.demo)
+    for how in c.recover.split(","):
+        taught = how in ("sdft", "kd")
+        for i, teacher in enumerate(c.teacher.split(",") if taught else [""]):
+            words = ["recovered"] + ([how] if "," in c.recover else [])
+            if taught and "," in c.teacher:
+                words.append(teacher if teacher in ("base", "healthy") else f"teacher{i + 1}")
+            stage = "_".join(words)
+            lessons.append(Lesson(stage, how, teacher, batches, c.lr, c.loss, recovery=True))
+    return lessons
+
+
+def check_lengths(run, context_length):
+    """ValueError for prompts that do not fit the context with their answers, or have no expert's
+    answer where one is learned."""
+    c, evaluation, encode = run.config, run.evaluation, run.evaluation.tokenizer.encode
+    longest = [len(ids) for ids in run.calibration]
+    longest += [len(ids) for group in evaluation.sequences.values() for ids in group]
+    for lesson in filter(None, [run.expert, run.forgetting, *run.recoveries]):
+        given = lesson.how in ("kd", "sft")
+        for p in (p for batch in lesson.batches for p in batch):
+            require(p.answer or not given, f"{lesson.how} needs answers: some text ends within "
+                    f"--text-prompt-tokens {c.text_prompt_tokens}; give fewer")
+            prompt = p.student if lesson.how == "sft" else p.teacher
+            longest.append(len(prompt) + (len(p.answer) if given else c.rollout_tokens))
+    for examples in evaluation.splits.values():
+        asked = [len(data.student_prompt(evaluation.tokenizer, e)) for e in examples]
+        longest.append(max(asked) + evaluate.answer_tokens(evaluation, examples))
+        pairs = [pair for e in examples for pair in e.choices]
+        longest += [len(encode(context)) + len(encode(text)) for context, text in pairs]
+    require(max(longest) <= context_length,
+            f"a prompt with its answer takes {max(longest)} tokens, more than the model's context "
+            f"of {context_length}")
+
+
+def facts(folder, student, tasks, evaluation, texts):
+    """Hashes and counts of what a run reads."""
+    def sha256(text):
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+    windows, splits = evaluation.windows["perplexity"], evaluation.splits
+    trained = [[(e.prompt, e.response) for e in task.train] for task in tasks]
+    measured = [[(e.prompt, e.response) for e in examples] for examples in splits.values()]
+    return {"model": str(folder), "parameters": sum(p.numel() for p in student.parameters()),
+            "damage": {}, "data_sha256": sha256(repr(trained)),
+            "eval_sha256": sha256(repr(measured)),
+            "eval_examples": {name: len(examples) for name, examples in splits.items()},
+            "text_sha256": sha256(texts["perplexity"]), "text_tokens": sum(map(len, windows)),
+            "text_window": len(windows[0]), "context_length": student.config.context_length}
+
+
+def prepare_out(out):
+    """Make --out, last of all, and take away an earlier run's results, which a run that dies would
+    leave standing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").unlink(missing_ok=True)
+        (out / "metrics.jsonl").write_text("")
+    except OSError as error:
+        why = f"{error.strerror}; choose another folder"
+        raise OSError(f"cannot write to --out {out}: {why}") from None

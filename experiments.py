@@ -41,14 +41,14 @@ SMALL = "runs/small/student"  # of Table 5: the default model without three tent
 SEEDS = (0, 1, 2)
 
 EXPERIMENTS = {  # name -> options of each run, made with every seed
-    "table1": [f"--forget tooluse --degrade none {how} --lr 5e-5 --eval-limit 150"
+    "table1": [f"--forget tooluse {how} --lr 5e-5 --eval-limit 150"
                for how in ("--teacher base,healthy", "--teacher healthy --no-demo")],
     "table2": ["--degrade nf4 --data science,text",
                "--degrade nf4 --data tooluse,text --eval science"],
     "table4": ["--degrade ffn10 --data science,text",
                "--degrade ffn10 --data tooluse,text --eval science"],
     "table5": [f"--model {SMALL} --degrade none --steps 50",
-               f"--model {SMALL} --degrade none --bootstrap BASE"],
+               f"--model {SMALL} --bootstrap BASE"],
     "baselines": [f"--degrade {damage} {WAYS}" for damage in ("int4", "nf4", "ffn10", "wanda30")],
     "settings": [f"--degrade int4 {variant}" for variant in VARIANTS],
     "sweep": [f"--degrade {damage} --recover none --eval-limit 150" for damage in LEVELS],

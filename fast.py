@@ -101,7 +101,7 @@ GRADIENTS = {forward_kl: _forward_kl, reverse_kl: _reverse_kl, jsd: _jsd}
 
 
 def backward(loss, student, s, teacher, t, tokens, chunk=128):
-    """`sdft.backward`: [loss, KL] and the slope, for the losses and the head that are known here.
+    """`sdft.backward`: [loss, KL] and the total, for the losses and the head that are known here.
 
     With G = d loss / d logits and logits = X W^T, d loss / dX = G W and d loss / dW = G^T X. Three
     float32 blocks [chunk, V] serve all chunks. Any other loss or head goes the plain way.
@@ -127,9 +127,21 @@ def backward(loss, student, s, teacher, t, tokens, chunk=128):
             slope[rows] = g @ w[:v]
             if w.requires_grad:
                 slope_w[:v].addmm_(g.mT, x[rows])
-    if w.requires_grad:
-        w.backward(slope_w)
-    return values, slope
+    return values, Total.apply(s, w, slope, slope_w)
+
+
+class Total(torch.autograd.Function):
+    """0, with known gradients: slope in s, and slope_w in w (None: none)."""
+
+    @staticmethod
+    def forward(ctx, s, w, slope, slope_w):
+        ctx.slopes = slope, slope_w
+        return s.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slope, slope_w), ctx.slopes = ctx.slopes, None  # not to be kept as long as the total is
+        return slope.mul_(grad), None if slope_w is None else slope_w.mul_(grad), None, None
 
 
 # ---------------------------------------------------------------------------------------- generate
@@ -151,24 +163,40 @@ def blocked_weights(model, rows):
     A decoding step multiplies every weight by a few rows, which is faster from the copies; making
     them takes as long as three steps. The results are the same up to rounding.
     """
-    dtype, mkldnn = model.norm.weight.dtype, torch.ops.mkldnn
+    dtype, changed = model.norm.weight.dtype, []
     fast = torch.backends.mkldnn.is_available() and model.device.type == "cpu" and rows > 0
-    fast = fast and (dtype == torch.float32 or mkldnn._is_mkldnn_bf16_supported())
-    linears = [m for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    linears = linears if fast else []
-    for linear in linears:
-        w, b = mkldnn._reorder_linear_weight(linear.weight.detach(), rows), linear.bias
-        linear.forward = partial(_product, w=w, b=b)
-    if fast:
-        w = mkldnn._reorder_linear_weight(model.head_weight.detach(), rows)
+    if fast and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        for part in (part for layer in model.layers for part in (layer.self_attn, layer.mlp)):
+            *inputs, output = part.children()  # q, k, v and o; gate, up and down
+            _multiply_as_one(inputs, rows)
+            _multiply_as_one([output], rows)
+            changed += [*inputs, output]
+        w = torch.ops.mkldnn._reorder_linear_weight(model.head_weight.detach(), rows)
         model.head = partial(_product, w=w, b=None)
     try:
         yield
     finally:
-        for linear in linears:
+        for linear in changed:
             del linear.forward  # the class's own comes back
-        if fast:
+        if changed:
             del model.head
+
+
+def _multiply_as_one(linears, rows):
+    """Let linears of one input be one product. The first of them, when it is called, computes it;
+    the others, called after it in their order, give their parts of it."""
+    w = torch.cat([linear.weight for linear in linears]).detach()
+    w, b, parts = torch.ops.mkldnn._reorder_linear_weight(w, rows), None, []
+    if linears[0].bias is not None:
+        b = torch.cat([linear.bias for linear in linears])
+
+    def first(x):
+        parts[:] = _product(x, w, b).split([linear.out_features for linear in linears], dim=-1)
+        return parts.pop(0)
+
+    linears[0].forward = first
+    for linear in linears[1:]:
+        linear.forward = lambda x: parts.pop(0)
 
 
 def _product(x, w, b):

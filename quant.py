@@ -113,13 +113,14 @@ def _rounded(w, bits, group_size, symmetric):
     if w.size(1) % size:
         raise ValueError(f"group_size {size} does not divide the {w.size(1)} inputs of a linear")
     groups = w.reshape(w.size(0), -1, size).to(torch.promote_types(w.dtype, torch.float32))
-    least = groups.amin(-1, keepdim=True).clamp(max=0)
     if symmetric:
         scale = groups.abs().amax(-1, keepdim=True) / high
-    else:
-        scale = (groups.amax(-1, keepdim=True).clamp(min=0) - least) / high
+        scale = torch.where(scale == 0, 1.0, scale)
+        return (groups / scale).round_(), scale, torch.zeros_like(scale)
+    least = groups.amin(-1, keepdim=True).clamp(max=0)
+    scale = (groups.amax(-1, keepdim=True).clamp(min=0) - least) / high
     scale = torch.where(scale == 0, 1.0, scale)
-    zero_point = torch.zeros_like(scale) if symmetric else (-least / scale).round().clamp(low, high)
+    zero_point = (-least / scale).round().clamp(low, high)
     return (groups / scale).round_().add_(zero_point), scale, zero_point
 
 

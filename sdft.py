@@ -114,12 +114,12 @@ def score(model, prompts, completions, hidden=False):
 
 
 def backward(loss, student, s, teacher, t, tokens, chunk=64):
-    """The loss of states s against the teacher's t [N, D], and its slope d loss / d s [N, D].
+    """The loss of states s against the teacher's t [N, D]: [loss, KL], and a total for autograd.
 
-    Returns [loss, KL] and the slope; each is a sum over the N tokens, divided by `tokens`, those
-    of the whole batch. Logits exist for a chunk of tokens at a time, at most a sixth of them. Where
-    the head is trained, its gradient goes to .grad here. The KL is that of forward_kl if it is the
-    loss, else of reverse_kl.
+    Loss and KL are sums over the N tokens, divided by `tokens`, those of the whole batch. The KL is
+    that of forward_kl if it is the loss, else of reverse_kl. total is 0-d; its gradient in s is the
+    loss's slope. Logits exist for a chunk of tokens at a time, at most a sixth of them, and each
+    chunk goes back through the head at once: if the head is trained, .grad gets its part here.
     """
     leaf, values = s.detach().requires_grad_(), torch.zeros(2, device=s.device)
     for rows in torch.arange(len(s), device=s.device).split(min(chunk, math.ceil(len(s) / 6))):
@@ -134,7 +134,8 @@ def backward(loss, student, s, teacher, t, tokens, chunk=64):
         with torch.no_grad():
             kl = value if loss is forward_kl else reverse_kl(*logits, every) * len(rows) / tokens
             values += torch.stack((value, kl))
-    return values, leaf.grad
+    slope = leaf.grad
+    return values, (s * slope).sum()  # d total / d s = slope
 
 
 def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka_weight=0.0,
@@ -167,8 +168,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
             with torch.no_grad():                                       # 2. score
                 t = score(teacher, [p.teacher for p in prompts], ys, layers)
             s = score(student, [p.student for p in prompts], ys, layers)
-            (value, kl), slope = backward(loss, student, s[-1], teacher, t[-1], tokens)
-            total = (s[-1] * slope).sum()                               # d total / d s = slope
+            (value, kl), total = backward(loss, student, s[-1], teacher, t[-1], tokens)
             if layers and s.size(1) > 2:                                # two tokens have no CKA
                 distance, part = 1 - linear_cka(s, t).mean(), s.size(1) / tokens
                 balance = value / (distance.detach() + 1e-6) if cka_balance else part
@@ -264,6 +264,7 @@ def steps(model, batches, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0,
         optimizer, lambda step: min((step + 1) / (warmup + 1), 1, 2 * (1 - step / len(batches))))
 
     def update(line):
+        weights.close()
         if reduce:
             reduce(parameters, line)
         norm = clip_grad_norm_(parameters, clip)
@@ -280,7 +281,9 @@ def steps(model, batches, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0,
     try:
         for batch in bar:
             began = time.perf_counter()
-            with once_(model) if cached else contextlib.nullcontext():
+            with contextlib.ExitStack() as weights:
+                if cached:
+                    weights.enter_context(once_(model))
                 yield batch, update
     finally:
         model.eval()

@@ -247,38 +247,47 @@ def measure(run, stage, model):
 
 def teach(run, student, lesson):
     """The student, trained as the lesson says, as a plain float32 model."""
-    c, dtype, writer = run.config, getattr(torch, run.config.dtype), parallel.rank() == 0
-    student, teacher = trainable_(c, student, run.teachers["base"]), None
-    if lesson.teacher:
-        teacher = run.teachers[lesson.teacher]
-    if lesson.recovery and c.ema:
-        teacher = frozen_copy(teacher, dtype)  # it will change
-    watch = None
-    if lesson.recovery and c.cka_patience:
-        copy_of = parallel.plain_copy
-        watch = evaluate.Watch(student, run.teachers["healthy"], run.calibration, c.cka_patience,
-                               copy_of)
+    c, writer = run.config, parallel.rank() == 0
+    student = trainable_(c, student, run.teachers["base"])
+    teacher, watch = teacher_of(run, lesson), watch_of(run, student, lesson)
     first = show_step(run, student, teacher, lesson)
     with timed(run.seconds, lesson.stage + " training"), log_of(c, lesson.stage, writer) as log:
         settings = dict(
-            lr=lesson.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip, log=log,
-            adam_dtype=getattr(torch, c.adam_dtype), progress=lesson.stage if writer else "",
-            micro_batch=c.micro_batch, stop=watch, score=run.evaluation.score,
+            lr=lesson.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip, stop=watch,
+            adam_dtype=getattr(torch, c.adam_dtype), micro_batch=c.micro_batch, log=log,
+            progress=lesson.stage if writer else "", score=run.evaluation.score,
             share=parallel.share, reduce=parallel.reduce_, cached=not c.shard)
+        if lesson.recovery and lesson.how != "sft":
+            settings |= dict(ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance)
         if lesson.how == "sft":
             sdft.sft(student, lesson.batches, **settings)
         else:
-            if lesson.recovery:
-                settings |= dict(ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance)
             rollout = rollout_of(run) if lesson.how == "sdft" else None
             sdft.recover(student, teacher, lesson.batches, rollout, loss=sdft.LOSSES[lesson.loss],
                          backward=run.backward, **settings)
         if watch:
             watch.restore()
-    last = show_step(run, student, teacher, lesson)
     if first:
+        last = show_step(run, student, teacher, lesson)
         run.shown[lesson.stage] = {"first": first, "last": last}
     return parallel.plain_copy(student, torch.float32)
+
+
+def teacher_of(run, lesson):
+    """Who scores, or None; a copy of it where it will follow the student."""
+    teacher = run.teachers.get(lesson.teacher)
+    if lesson.recovery and teacher and run.config.ema:
+        teacher = frozen_copy(teacher, teacher.norm.weight.dtype)
+    return teacher
+
+
+def watch_of(run, student, lesson):
+    """Early stopping by CKA (§6), or None; only of a recovery."""
+    patience = run.config.cka_patience
+    if not (lesson.recovery and patience):
+        return None
+    healthy, copy_of = run.teachers["healthy"], parallel.plain_copy
+    return evaluate.Watch(student, healthy, run.calibration, patience, copy_of)
 
 
 def trainable_(c, student, base):

@@ -1,34 +1,57 @@
-"""A throwaway model folder: a tiny random Llama with a tokenizer of single bytes and ChatML. The tests compute on the CPU."""
+"""What several test files need: a tiny random model, in memory and as a folder, lists of ids, a
+loss of one's own, and a watch on memory. The tests compute on the CPU."""
 import json
 import os
-from dataclasses import replace
+import random
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; what the tests start inherits it
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 from tokenizer import bytes_to_unicode
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SIZES = dict(vocab_size=64, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64,
+             context_length=64)
+GPT2 = dict(model_type="gpt2", n_kv_head=4, qkv_bias=True, out_bias=True, mlp_bias=True)
+QWEN2 = dict(model_type="qwen2", qkv_bias=True, tie_embeddings=False)
+
+
+def tiny(seed=0, spread=0.2, **changes):
+    """A random GPT; its logits have a standard deviation of about 1. It seeds torch's generator.
+
+    changes: of SIZES and of what else is in a GPTConfig. Norm weights lie around 1, all else
+    around 0.
+    """
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**SIZES | changes))
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if name.endswith("norm.weight") else 0.0, spread)
+    return model.eval()
 
 
 def make_folder(path, context_length=1024, seed=0, padding=0, **changes):
-    """A loadable Hugging Face folder; the global random state is left as it was. changes: of the GPTConfig."""
+    """A loadable Hugging Face folder: a tiny Llama with a tokenizer of single bytes and ChatML.
+
+    changes: of the GPTConfig. The global random state is left as it was.
+    """
     vocab = {c: i for i, c in enumerate([*SPECIAL, *bytes_to_unicode()])}
-    config = replace(GPTConfig("llama", len(vocab) + padding, 2, 32, 4, 2, 8, 64, context_length), **changes)
+    sizes = dict(vocab_size=len(vocab) + padding, context_length=context_length)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = GPT(config)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.1)
+        model = tiny(seed, 0.1, **sizes | changes)
     model.save_pretrained(path)
-    added = [{"id": i, "content": t, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False} for i, t in enumerate(SPECIAL)]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": byte_level,
-                 "post_processor": None, "decoder": byte_level, "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    kind = {"special": True, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False}
+    added = [{"id": i, "content": token, **kind} for i, token in enumerate(SPECIAL)]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    tokenizer = {"version": "1.0", "added_tokens": added, "normalizer": None,
+                 "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+                 "model": {"type": "BPE", "vocab": vocab, "merges": []}}
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     return path
@@ -37,3 +60,53 @@ def make_folder(path, context_length=1024, seed=0, padding=0, **changes):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def ragged(rows, seed=0, longest=9):
+    """Lists of 1 to `longest` token ids."""
+    draw = random.Random(seed)
+    return [[draw.randrange(64) for _ in range(draw.randint(1, longest))] for _ in range(rows)]
+
+
+def squared_distance(student_logits, teacher_logits, mask):
+    """A loss of one's own: |p_S - p_T|^2."""
+    distance = student_logits.softmax(-1) - teacher_logits.softmax(-1)
+    return (distance.square().sum(-1) * mask).sum() / mask.sum()
+
+
+def slopes(backward, loss, student, s, teacher, t, tokens, **chunk):
+    """What a `backward` gives: [loss, KL], its gradient in s, and that in the student's head."""
+    student.zero_grad()
+    s, tied = s.detach().requires_grad_(), student.config.tie_embeddings
+    values, total = backward(loss, student, s, teacher, t, tokens, **chunk)
+    total.backward()
+    head = student.stored("embed_tokens.weight" if tied else "lm_head.weight")
+    return values, s.grad, head.grad
+
+
+class LiveWide(TorchDispatchMode):
+    """Follows the storages of all tensors with `width` columns; `peak` is the most bytes of them
+    alive after any operation."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.alive, self.peak = width, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.dim() and x.size(-1) == self.width:
+                storage = x.untyped_storage()
+                ref = StorageWeakRef(storage)
+                self.alive[ref.cdata] = ref, storage.nbytes()
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def peak_blocks(function, n, v):
+    """The most float32 blocks' worth [n, v] of vocabulary-wide tensors alive at once while function
+    runs."""
+    with LiveWide(v) as live:
+        function()
+    return live.peak / (4 * n * v)

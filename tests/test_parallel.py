@@ -1,4 +1,5 @@
-"""Two processes on one CPU, started by torchrun: the same numbers as one process, and what happens when a run is ended early."""
+"""Two processes on one CPU, started by torchrun: the same numbers as one process, and what happens
+when a run is ended early."""
 import json
 import os
 import signal
@@ -12,60 +13,76 @@ import pytest
 import parallel
 
 ROOT = Path(parallel.__file__).parent
-QUICK = ["train.py", "--batch-size", "4", "--micro-batch", "2", "--max-new-tokens", "6", "--answer-tokens", "4",
-         "--eval-limit", "7", "--cka-samples", "5", "--group-size", "16", "--lr", "1e-3", "--dtype", "float32"]
+QUICK = ["train.py", "--batch-size", "4", "--micro-batch", "2", "--rollout-tokens", "6",
+         "--eval-tokens", "4", "--eval-limit", "7", "--cka-samples", "5", "--group-size", "16",
+         "--lr", "1e-3", "--dtype", "float32"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def run(launcher, *more):
-    return subprocess.run([*launcher, *QUICK, *map(str, more)], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    return subprocess.run([*launcher, *QUICK, *map(str, more)], cwd=ROOT, capture_output=True,
+                          text=True, env=ENVIRONMENT)
 
 
 def read(out):
-    """results.json and metrics.jsonl."""
-    return json.loads((out / "results.json").read_text()), list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+    """results.json, and metrics.jsonl by column."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    columns = {name: [line[name] for line in lines] for name in lines[0]}
+    return json.loads((out / "results.json").read_text()), columns
 
 
 @pytest.mark.parametrize("options", [
-    ["--cka-samples", "4"], ["--train-embeddings", "--moments", "bfloat16", "--degrade", "wanda2:4,nf4"],
-    ["--train", "lora", "--checkpointing", "--eval-limit", "1"]])
+    ["--cka-samples", "4"],
+    ["--train-embeddings", "--adam-dtype", "bfloat16", "--degrade", "wanda2:4,nf4"],
+    ["--lora", "16", "--gradient-checkpointing", "--eval-limit", "1"],
+    ["--ema", "0.05"],
+    ["--plain", "--ema", "0.05", "--train-embeddings", "--loss", "jsd"]],
+    ids=["default", "all weights", "lora", "ema", "plain"])
 def test_two_processes_give_the_numbers_of_one(options, folder, tmp_path):
-    """Losses and gradient norms to 1e-4, metrics to 1e-4, CKA to 1e-5: the order of float32 sums is all that differs."""
+    """Losses and gradient norms to 1e-4, metrics to 1e-4, CKA to 1e-5: the order of float32 sums is
+    all that differs."""
     command = "--model", folder, "--steps", "4", *options
     assert run([sys.executable], *command, "--out", tmp_path / "one").returncode == 0
-    one, steps = read(tmp_path / "one")
     for name, more in (("data parallel", []), ("sharded", ["--shard"])):
         done = run(TORCHRUN, *command, "--out", tmp_path / name, *more)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("recovered fraction") == 1  # one of them speaks
-        two, lines = read(tmp_path / name)
-        assert two["environment"]["processes"] == 2
-        assert [line["tokens"] for line in lines] == [line["tokens"] for line in steps]
-        for key in ("loss", "kl", "grad_norm"):
-            assert [line[key] for line in lines] == pytest.approx([line[key] for line in steps], rel=1e-4), (name, key)
-        for stage, metrics in one["stages"].items():
-            assert two["stages"][stage] == pytest.approx(metrics, rel=1e-4), (name, stage)
-        for level, stages in one["cka"].items():
-            for stage, kinds in stages.items():
-                for kind, values in kinds.items():
-                    assert two["cka"][level][stage][kind] == pytest.approx(values, abs=1e-5), (name, level, stage, kind)
-        assert sorted(p.name for p in (tmp_path / name / "student").iterdir()) == [
+        same_numbers(tmp_path / name, tmp_path / "one")
+        student = tmp_path / name / "student"
+        assert sorted(p.name for p in student.iterdir()) == [
             "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
+def same_numbers(out, alone):
+    (two, lines), (one, right) = read(out), read(alone)
+    assert two["environment"]["processes"] == 2 and one["environment"]["processes"] == 1
+    assert lines["tokens"] == right["tokens"]
+    for key in ("loss", "kl", "grad_norm"):
+        assert lines[key] == pytest.approx(right[key], rel=1e-4), (out, key)
+    for stage, metrics in one["stages"].items():
+        assert two["stages"][stage] == pytest.approx(metrics, rel=1e-4), (out, stage)
+    for level, stages in one["cka"].items():
+        for stage, kinds in stages.items():
+            for kind, values in kinds.items():
+                where = out, level, stage, kind
+                assert two["cka"][level][stage][kind] == pytest.approx(values, abs=1e-5), where
+
+
+DIED = "another process of this run has died"
+
+
 @pytest.mark.parametrize("launcher, victim, message", [
-    (TORCHRUN, 0, "another process of this run has died"), (TORCHRUN, 1, "another process of this run has died"),
-    ([sys.executable], None, "interrupted")], ids=["0 killed", "1 killed", "ctrl-c"])
-def test_a_run_that_is_ended_early_says_so_in_one_line_and_leaves_no_results(launcher, victim, message, folder, tmp_path):
+    (TORCHRUN, 0, DIED), (TORCHRUN, 1, DIED), ([sys.executable], None, "interrupted")],
+    ids=["0 killed", "1 killed", "ctrl-c"])
+def test_a_run_that_is_ended_early_says_so_in_one_line_and_leaves_no_results(
+        launcher, victim, message, folder, tmp_path):
     out = tmp_path / "out"
     command = [*launcher, *QUICK, "--model", str(folder), "--steps", "3000", "--out", str(out)]
-    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               env=ENVIRONMENT)
     try:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
-            assert started.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_for_steps(started, out / "metrics.jsonl")
         if victim is None:
             started.send_signal(signal.SIGINT)
         else:
@@ -75,8 +92,17 @@ def test_a_run_that_is_ended_early_says_so_in_one_line_and_leaves_no_results(lau
         started.kill()
     assert started.returncode != 0
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and message in lines[0] and (launcher is TORCHRUN or "Traceback" not in error)
+    assert len(lines) == 1 and message in lines[0]
+    assert launcher is TORCHRUN or "Traceback" not in error
     assert [p.name for p in out.iterdir()] == ["metrics.jsonl"]
+
+
+def wait_for_steps(started, log):
+    """Return as the run has logged three steps."""
+    deadline = time.monotonic() + 120
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def children(pid):
@@ -84,9 +110,10 @@ def children(pid):
     return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("mistake, says", [(["--model", "nowhere"], "nowhere"), (["--batch-size", "3"], "2 processes"),
-                                           (["--out", "/dev/null/out"], "--out /dev/null/out"),
-                                           (["--stepz", "1"], "stepz")])
+@pytest.mark.parametrize("mistake, says", [
+    (["--model", "nowhere"], "nowhere"), (["--batch-size", "3"], "2 processes"),
+    (["--out", "/dev/null/out"], "--out /dev/null/out"), (["--stepz", "1"], "stepz"),
+    (["--moments", "float32"], "--adam-dtype"), (["--steps", "0"], "--steps")])
 def test_a_mistake_is_one_line_from_one_process(mistake, says, folder, tmp_path):
     done = run(TORCHRUN, "--model", folder, "--out", tmp_path / "out", *mistake)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -1,20 +1,23 @@
-"""The real model, for a few steps: skipped where it cannot be fetched, unless SDFT_REQUIRE_MODEL is set (as in CI)."""
+"""The real model, for a few steps: skipped where it cannot be fetched, unless SDFT_REQUIRE_MODEL is
+set (as in CI)."""
 import json
 import os
 
 import pytest
 import torch
 
-import fetch
+import checkpoint
+import evaluate
 import quant
 import train
-from model import GPT
+from data import load_tokenizer
+from model import GPT, generate
 
 
 @pytest.fixture(scope="module")
 def smollm2():
     try:
-        return fetch.default_model()
+        return checkpoint.default_model()
     except OSError as error:
         if os.environ.get("SDFT_REQUIRE_MODEL"):
             raise
@@ -22,11 +25,12 @@ def smollm2():
 
 
 def test_int4_hurts_and_a_few_steps_of_recovery_help(smollm2, tmp_path):
-    argv = ["--degrade", "int4", "--steps", "3", "--lr", "1e-4", "--warmup", "1", "--eval-limit", "60", "--cka-samples", "8",
-            "--out", str(tmp_path)]
+    argv = ["--degrade", "int4", "--steps", "3", "--lr", "1e-4", "--warmup", "1", "--eval-limit",
+            "60", "--cka-samples", "8", "--out", str(tmp_path)]
     assert train.main(argv) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    healthy, degraded, recovered = (results["stages"][stage] for stage in ("healthy", "degraded", "recovered"))
+    stages = ("healthy", "degraded", "recovered")
+    healthy, degraded, recovered = (results["stages"][stage] for stage in stages)
     assert degraded["perplexity"] > 1.25 * healthy["perplexity"]
     assert degraded["science_phrasing"] < healthy["science_phrasing"]
     assert recovered["perplexity"] < degraded["perplexity"]
@@ -34,23 +38,28 @@ def test_int4_hurts_and_a_few_steps_of_recovery_help(smollm2, tmp_path):
     assert len(debiased) == 30 and 0.5 < min(debiased) < max(debiased) < 1
 
     run = train.prepare(train.parse([*argv[:-1], str(tmp_path / "again")]))
-    states = train.evaluate.states_of(run, run.models["base"])
-    student = quant.compute_in_(GPT.from_pretrained(tmp_path / "student").eval(), getattr(torch, run.config.dtype))
-    again = train.evaluate.measure(run, student, states)
-    assert {m: again.value(m) for m in again.items} == recovered
+    states = evaluate.states_of(run.evaluation, run.teachers["base"])
+    student = GPT.from_pretrained(tmp_path / "student").eval()
+    student = quant.compute_in_(student, getattr(torch, run.config.dtype))
+    again = evaluate.measure(run.evaluation, student, states)
+    assert {metric: again.value(metric) for metric in again.items} == recovered
 
 
 def test_the_model_is_the_one_it_claims_to_be(smollm2):
-    """134,515,008 parameters; and its answer to an easy question, in its own chat template's default system message."""
-    model, tokenizer = GPT.from_pretrained(smollm2).eval(), train.data.load_tokenizer(smollm2)
+    """134,515,008 parameters; and its answer to an easy question, in its own chat template's
+    default system message."""
+    model, tokenizer = GPT.from_pretrained(smollm2).eval(), load_tokenizer(smollm2)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    prompt = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
-    assert "Paris" in tokenizer.decode(train.generate(model, [prompt], 16, temperature=0, eos_id=tokenizer.eos_id)[0])
+    question = {"role": "user", "content": "What is the capital of France?"}
+    prompt = tokenizer.chat([question])
+    answer, = generate(model, [prompt], 16, temperature=0, eos_id=tokenizer.eos_id)
+    assert "Paris" in tokenizer.decode(answer)
 
 
 def test_logits_equal_transformers(smollm2):
     from transformers import AutoModelForCausalLM
-    ours, theirs = GPT.from_pretrained(smollm2).eval(), AutoModelForCausalLM.from_pretrained(smollm2).eval()
+    ours = GPT.from_pretrained(smollm2).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2).eval()
     ids = torch.randint(0, 49152, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         a, b = ours(ids).log_softmax(-1), theirs(ids).logits.log_softmax(-1)

@@ -26,11 +26,11 @@ def linear_cka(x, y, debiased=False):
     >>> linear_cka(x, y, debiased=True)  # (-8/9 - 8/9 + 4/9) / (16/9 + 4/9 + 4/9)
     tensor(-0.5000, dtype=torch.float64)
     """
-    x, y = _centered(x), _centered(y)
+    x, y = _centered(x), _centered(y)  # as C does below; here for precision, and for d < n
     _check_rows(x, y, debiased)
     if not debiased and max(x.size(-1), y.size(-1)) < x.size(-2):
         return _linear_cka_features(x, y)
-    return _cka(x @ x.mT, y @ y.mT, debiased)  # Eqs. (1), (2): K_S = H_S H_S^T, K_T = H_T H_T^T
+    return _cka(x @ x.mT, y @ y.mT, debiased)  # Eqs. (1), (2): H [L, d], K = H H^T
 
 
 def rbf_cka(x, y, threshold=1.0, debiased=False):
@@ -66,16 +66,27 @@ def _cka(k, l, debiased):
     """Eq. (4): HSIC(S, T) / sqrt(HSIC(S, S) HSIC(T, T)). The estimator's normalisation cancels."""
     center = _u_center if debiased else _center
     k, l = center(k), center(l)
-    return (k * l).sum((-2, -1)) / ((k * k).sum((-2, -1)) * (l * l).sum((-2, -1))).sqrt()
+    return hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
+
+
+def hsic(k, l):
+    """Eq. (3): tr(K_S C K_T C), as the sum of products of C K_S C and C K_T C [..., n, n].
+
+    >>> k = _center(torch.tensor([[1.], [-1.]]) @ torch.tensor([[1., -1.]]))
+    >>> hsic(k, k)  # 1 + 1 + 1 + 1
+    tensor(4.)
+    """
+    return (k * l).sum((-2, -1))
 
 
 def _center(k):
-    """C K C, C = I - 11^T/n. Eq. (3): tr(K_S C K_T C) is the sum of products of two of these."""
+    """C K C with C = I - 11^T/n."""
     return k - k.mean(-1, keepdim=True) - k.mean(-2, keepdim=True) + k.mean((-2, -1), keepdim=True)
 
 
 def _u_center(k):
-    """K U-centred (Szekely & Rizzo 2014). As Eq. (3): n (n - 3) unbiased HSIC (Song et al 2012)."""
+    """K U-centred (Szekely & Rizzo 2014). Of two of these, `hsic` is n (n - 3) times the unbiased
+    estimate (Song et al. 2012)."""
     n = k.size(-1)
     off_diagonal = 1 - torch.eye(n, dtype=k.dtype, device=k.device)
     k = k * off_diagonal
@@ -105,7 +116,7 @@ def _check_rows(x, y, debiased):
 
 @torch.no_grad()
 def hidden_states(model, sequences, last=False, done=None):
-    """Every block's output for each sequence of ids: a list of [n_layer, T - 1, D] on the CPU.
+    """Every block's output for each sequence of ids: [[n_layer, T - 1 or 1, D], …], on the CPU.
 
     A sequence is a prompt and its ground truth, less the first token: its huge norm would decide
     every similarity. last: the last token only. done(n): called with how many were just read.
@@ -119,7 +130,8 @@ def hidden_states(model, sequences, last=False, done=None):
         layers = layers.float().cpu()
         for row, i in enumerate(batch):
             length = len(sequences[i])
-            states[i] = layers[:, row, length - 1 if last else 1:length].clone()
+            first = length - 1 if last else 1
+            states[i] = layers[:, row, first:length].clone()
         if done:
             done(len(batch))
     return states
@@ -152,7 +164,8 @@ def between_layers(a, b):
 
 
 def _samples(states):
-    """Each sequence's last token (the paper names none), dimensions z-scored: [n_layer, n, D]."""
+    """Each sequence's last token, the end of the answer's turn (the paper names none), dimensions
+    z-scored: [n_layer, n, D]."""
     x = torch.stack([h[:, -1] for h in states], dim=1).double()
     return (x - x.mean(-2, keepdim=True)) / x.std(-2, keepdim=True).clamp(min=1e-12)
 

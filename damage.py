@@ -40,8 +40,8 @@ def put_on_grid(student, match, c, sequences):
     return {"weights_quantized": n}
 
 
-# What --degrade may say, in the order in which it is done, whatever the order written -> what does
-# it: a function of (student, the match, Config, ids to take activations from).
+# What --degrade may say -> what does it: a function of (student, the match, Config, ids to take
+# activations from), which returns what it did, in numbers.
 DAMAGES = {
     r"ffn(?P<percent>\d+)?": remove_neurons,
     r"(?P<method>magnitude|wanda)((?P<n>\d+):(?P<m>\d+)|(?P<percent>\d+))?": hold_at_zero,
@@ -50,7 +50,10 @@ DAMAGES = {
 
 
 def parse_damage(text):
-    """'int4,ffn10' -> [(function, match), …] of DAMAGES, in their order; ValueError for others."""
+    """'int4,ffn10' -> [(function, match), …] of DAMAGES; ValueError for others.
+
+    They are in the order in which they are done: neurons and what a fork adds, masks, grids.
+    """
     found = {}
     for scheme in text.split(",") if text != "none" else []:
         matches = {pattern: re.fullmatch(pattern, scheme) for pattern in DAMAGES}
@@ -62,7 +65,9 @@ def parse_damage(text):
         require(int(said.get("percent") or 0) < 100, f"--degrade: {scheme} would leave nothing")
         n, m = int(said.get("n") or 1), int(said.get("m") or 1)
         require(0 < n <= m, f"--degrade: {scheme} keeps {n} of {m}: it must keep 1 at least")
-    return [(DAMAGES[pattern], found[pattern]) for pattern in DAMAGES if pattern in found]
+    last = {hold_at_zero: 1, put_on_grid: 2}  # then linear.weight is computed anew at each use
+    chosen = [(DAMAGES[pattern], match) for pattern, match in found.items()]
+    return sorted(chosen, key=lambda pair: last.get(pair[0], 0))
 
 
 def _hint(scheme):
@@ -74,7 +79,7 @@ def _hint(scheme):
 
 
 def check_groups(config, c):
-    """Of what the number of neurons that a block keeps must be a multiple.
+    """The number that the neurons kept in a block must be a multiple of.
 
     ValueError if the groups of what comes after neurons, n:m or a quantization's, do not fit the
     linears of a GPTConfig.
@@ -89,7 +94,7 @@ def check_groups(config, c):
     if any(what is remove_neurons for what, _ in damages):
         require(multiple <= d_ff, f"--degrade: groups of {multiple} cannot be made of a block's "
                                   f"{d_ff} neurons")
-        d_ff = multiple
+        d_ff = multiple  # a multiple of it will be left, no more is known here
     for name, size in sizes.items():
         for inputs in (config.d_model, config.n_head * config.head_dim, d_ff):
             require(inputs % size == 0, f"{name} not divide the {inputs} inputs of a linear layer")

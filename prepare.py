@@ -216,7 +216,8 @@ def check_models(c, teachers, student, tokenizer):
 
 
 def prompts(c, tokenizer, tasks, steps, order, student_demo=False, teacher_demo=True):
-    """Batches of sdft.Prompt, where those of the two that are true see the demonstration."""
+    """Batches of sdft.Prompt. The student's prompts are bare but for the bootstrap; the teacher's
+    show the demonstration unless told not to."""
     def prompt(e):
         return sdft.Prompt(data.teacher_prompt(tokenizer, e, student_demo, c.text_prompt_tokens),
                            data.teacher_prompt(tokenizer, e, teacher_demo, c.text_prompt_tokens),

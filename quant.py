@@ -15,7 +15,8 @@ The asymmetric range is first widened to hold 0, so that 0 stays exactly 0. The 
 here too. The paper does not say how the quantized student trains. We train straight through
 (Bengio et al., 1308.3432): w_hat is used forward, and its gradient goes to w as if rounding were
 the identity, except where w was clipped. QLoRA is the other way: a frozen grid and a low-rank
-update. The type of computation comes last, between a weight and its use. `bake_` ends all of it.
+update. `compute_in_` comes last: it rounds to bfloat16, for speed only. What is measured and saved
+is the weight as it acts, but for that rounding (`model.GPT.weight`); `bake_` leaves nothing else.
 """
 import re
 from functools import partial
@@ -290,7 +291,7 @@ class _Product(torch.autograd.Function):
 def add_lora_(model, rank=16, alpha=32, generator=None):
     """Freeze a model, in place, and add a trainable low-rank update to every linear of its blocks.
 
-    On a quantized model that is QLoRA (2305.14314). Baked or saved, the update is merged into the
+    On a quantized model that is QLoRA (2305.14314). Saved or baked, the update is merged into the
     weights, which then no longer lie on the grid. A parametrization that says lasting = True (a
     mask) is done once more, after the update.
     """

@@ -2,7 +2,7 @@
 
 One step, for a batch of prompts x with expert demonstrations c:
 
-    1. rollout   y ~ student(. | x)                         on-policy: the student's own tokens
+    1. rollout   y ~ student(. | x), at a temperature       on-policy: the student's own tokens
     2. score     p_T(. | x, c, y_<t) and p_S(. | x, y_<t)   the teacher may see the demonstration
     3. update    minimise the mean over tokens t of KL(p_T, p_S), over the whole vocabulary
 
@@ -114,12 +114,13 @@ def score(model, prompts, completions, hidden=False):
 
 
 def backward(loss, student, s, teacher, t, tokens, chunk=64):
-    """The loss of states s against the teacher's t [N, D]: [loss, KL], and a total for autograd.
+    """The loss of states s against the teacher's t [N, D]: [loss, KL], and a 0-d total whose
+    gradient, not its value, is the loss's.
 
     Loss and KL are sums over the N tokens, divided by `tokens`, those of the whole batch. The KL is
-    that of forward_kl if it is the loss, else of reverse_kl. total is 0-d; its gradient in s is the
-    loss's slope. Logits exist for a chunk of tokens at a time, at most a sixth of them, and each
-    chunk goes back through the head at once: if the head is trained, .grad gets its part here.
+    that of forward_kl if it is the loss, else of reverse_kl. So that [N, V] logits are never there
+    at once, a chunk of tokens at a time, at most a sixth of them, passes through the head and back:
+    if the head is trained, .grad gets its part here.
     """
     leaf, values = s.detach().requires_grad_(), torch.zeros(2, device=s.device)
     for rows in torch.arange(len(s), device=s.device).split(min(chunk, math.ceil(len(s) / 6))):
@@ -139,13 +140,13 @@ def backward(loss, student, s, teacher, t, tokens, chunk=64):
 
 
 def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka_weight=0.0,
-            cka_balance=False, micro_batch=8, stop=None, share=list, score=score,
+            cka_balance=False, micro_batch=16, stop=None, share=list, score=score,
             backward=backward, **optimization):
     """SDFT: teach the student back from its teacher's view of its own rollouts; trains in place.
 
     batches: a list of lists of `Prompt`. rollout(student, prompts) -> completions, lists of ids, is
     how the student answers; None takes the experts' answers: off-policy distillation, a baseline.
-    loss(student_logits, teacher_logits, mask): one of LOSSES, or any function like them.
+    loss(student_logits, teacher_logits, mask): one of LOSSES, or any mean over tokens like them.
     ema > 0: the teacher, in place, follows the student (Shenfeld et al.). cka_weight > 0 (§6): the
     loss is KL + cka_weight (1 - CKA), with cka_balance KL + cka_weight sg(KL / (1 - CKA)) (1 - CKA)
     (CKA-QAD, 2606.05682); CKA is linear, over the answers' tokens, averaged over layers. stop() is
@@ -155,7 +156,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
     """
     if ema and teacher.config != student.config:
         raise ValueError("a teacher can only follow a student of its own shape")
-    teacher.eval().requires_grad_(False)
+    teacher.eval().requires_grad_(False)  # the paper's teacher is static
     phi = {name: p.float() for name, p in teacher.named_parameters()} if ema else {}
     layers = cka_weight > 0
     for batch, update in steps(student, batches, **optimization):
@@ -165,11 +166,12 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
         tokens = sum(map(len, answers))
         line = {"loss": 0.0, "kl": 0.0, "tokens": tokens} | ({"cka": 0.0} if layers else {})
         for prompts, ys in micro_batches(share(batch), share(answers), micro_batch):
-            with torch.no_grad():                                       # 2. score
+            # 2. score: the teacher on its own prompts, the student on its own
+            with torch.no_grad():
                 t = score(teacher, [p.teacher for p in prompts], ys, layers)
             s = score(student, [p.student for p in prompts], ys, layers)
             (value, kl), total = backward(loss, student, s[-1], teacher, t[-1], tokens)
-            if layers and s.size(1) > 2:                                # two tokens have no CKA
+            if layers and s.size(1) > 2:                 # of one or two tokens CKA says nothing
                 distance, part = 1 - linear_cka(s, t).mean(), s.size(1) / tokens
                 balance = value / (distance.detach() + 1e-6) if cka_balance else part
                 total = total + cka_weight * balance * distance
@@ -185,7 +187,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
     return student
 
 
-def sft(model, batches, *, micro_batch=8, stop=None, share=list, score=score, **optimization):
+def sft(model, batches, *, micro_batch=16, stop=None, share=list, score=score, **optimization):
     """Plain supervised fine-tuning, in place: cross-entropy on the experts' answers to the bare
     prompts. The arguments are those of `recover`."""
     for batch, update in steps(model, batches, **optimization):
@@ -216,8 +218,8 @@ def follow(teacher, phi, student, rate):
 
 
 def micro_batches(batch, completions, size):
-    """[(prompts, completions)] of at most `size` rows; those that begin alike, then those of like
-    length, stand next to each other."""
+    """[(prompts, completions)] of at most `size` rows: prompts with a common beginning together,
+    each group by length."""
     order = []
     for group in alike([p.student for p in batch]):
         order += sorted(group, key=lambda i: len(batch[i].student) + len(completions[i]))
@@ -226,8 +228,8 @@ def micro_batches(batch, completions, size):
 
 
 def alike(prompts, beginning=8):
-    """Indices of the prompts in groups: those that begin with the same 8 tokens as another
-    together, and all the others.
+    """Indices of the prompts in groups: one for each beginning of 8 tokens that several share, one
+    for all the others.
 
     >>> alike([[1, 2, 3], [7], [1, 2, 9], [8]], beginning=2)
     [[0, 2], [1, 3]]
@@ -243,7 +245,7 @@ def alike(prompts, beginning=8):
 BETAS = 0.9, 0.95
 
 
-def steps(model, batches, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0,
+def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
           adam_dtype=torch.float32, log=None, progress="recover", cached=True, reduce=None):
     """(batch, update) for each batch: the caller adds up .grad, then calls update(line), once.
 
@@ -264,7 +266,7 @@ def steps(model, batches, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0,
         optimizer, lambda step: min((step + 1) / (warmup + 1), 1, 2 * (1 - step / len(batches))))
 
     def update(line):
-        weights.close()
+        cache.close()  # the weights that were computed for this step are done with
         if reduce:
             reduce(parameters, line)
         norm = clip_grad_norm_(parameters, clip)
@@ -281,9 +283,9 @@ def steps(model, batches, *, lr=1e-4, warmup=4, weight_decay=0.0, clip=1.0,
     try:
         for batch in bar:
             began = time.perf_counter()
-            with contextlib.ExitStack() as weights:
+            with contextlib.ExitStack() as cache:
                 if cached:
-                    weights.enter_context(once_(model))
+                    cache.enter_context(once_(model))
                 yield batch, update
     finally:
         model.eval()

@@ -212,12 +212,15 @@ def execute(run):
 
 
 def make_healthy(run):
-    """The student before the damage: the model as it is, or an expert made of it (§5.1, §5.3)."""
+    """The student before the damage: the model as it is, or an expert made of it (§5.1, §5.3).
+
+    The healthy model, a frozen copy, is measured and may teach from now on.
+    """
     student, healthy = run.student, run.teachers["base"]
-    if run.expert:
+    if run.expert:  # a Lesson, see prepare.plan_history
         measure(run, "base", healthy)
         student = teach(run, student, run.expert)
-        healthy = frozen_copy(student, healthy.norm.weight.dtype)
+        healthy = frozen_copy(student, getattr(torch, run.config.dtype))
     measure(run, "healthy", healthy)
     run.teachers["healthy"] = healthy
     return student
@@ -298,7 +301,7 @@ def trainable_(c, student, base):
         generator = torch.Generator().manual_seed(c.seed)
         quant.add_lora_(student, c.lora, c.lora_alpha, generator)
     quant.compute_in_(student, getattr(torch, c.dtype))
-    for name, theirs in base.named_parameters():  # what is not trained need not be there twice
+    for name, theirs in base.named_parameters():  # untrained and equal: one memory for both
         ours = student.stored(name)
         alike = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         if not ours.requires_grad and alike and torch.equal(ours, theirs):
@@ -328,8 +331,8 @@ def answers(run, student, prompts, generator, rows):
 
 
 def show_step(run, student, teacher, lesson):
-    """What student and teacher make by now of the first prompt of each of the first two tasks, with
-    the random numbers of the first step: `evaluate.trace`. Only of a recovery by SDFT."""
+    """The first step's rollouts as the student would make them now, one for each of the first two
+    tasks, and what the teacher makes of them: `evaluate.trace`. Only of a recovery by SDFT."""
     if lesson.how != "sdft" or not lesson.recovery:
         return []
     rows = range(min(2, len(run.config.data.split(",")), len(lesson.batches[0])))

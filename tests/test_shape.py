@@ -115,9 +115,9 @@ def test_no_function_is_longer_than_40_lines_and_no_line_than_100_columns(path):
 def belongs_at_the_top(node):
     """An import, a function, a class, a docstring, a constant, or the block of a script."""
     if isinstance(node, ast.Assign):
-        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        fits = [name == "__all__" or re.fullmatch("_?[A-Z][A-Z0-9_]*", name) for name in names]
-        return len(fits) == len(node.targets) and all(fits)
+        names = [ast.unparse(target).strip("()") for target in node.targets]
+        return all(name == "__all__" or re.fullmatch("_?[A-Z][A-Z0-9_]*", name)
+                   for name in ", ".join(names).split(", "))
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     if isinstance(node, ast.If):

@@ -316,16 +316,12 @@ def trace(student, teacher, prompts, completions, tokenizer, score):
 
     An entry for each of the prompts (sdft.Prompt), a token for each of its completion's first 24:
     what student and teacher give it, each after its own prompt; the teacher's likeliest token; and
-    KL(teacher || student) in nats. The two are compared on the ids that both know.
+    KL(teacher || student) in nats, over the ids that both know, all the student's among them.
     """
     known = min(student.config.vocab_size, teacher.config.vocab_size)
     shown = []
     for prompt, completion in zip(prompts, completions):
-        said = []
-        for token in completion[:24]:
-            if token >= known:
-                break
-            said.append(token)
+        said = completion[:24]
         end = tokenizer.decode(prompt.student)
         end = end if len(end) <= 100 else "…" + end[-99:]
         log_s = log_probs(student, score(student, [prompt.student], [said])[-1], known)

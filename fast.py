@@ -1,7 +1,8 @@
 """The same as the plain code, faster: `train.py` uses these unless told --plain.
 
-Each public name has the name and the signature of the plain one that it stands in for, and a test
-holds the two together. What each brings to a step on two CPU cores is in RESULTS.md.
+Three functions have the names and the signatures of the plain ones that they stand in for, and
+tests hold the two together. `keep_freed_memory` is for the process. What each brings to a step on
+two CPU cores is in RESULTS.md.
 
     score      sdft.score       prompts' common beginning passes through the model once
     backward   sdft.backward    the losses' gradients, worked out by hand: fewer passes over [n, V]
@@ -106,7 +107,7 @@ def backward(loss, student, s, teacher, t, tokens, chunk=128):
     With G = d loss / d logits and logits = X W^T, d loss / dX = G W and d loss / dW = G^T X. Three
     float32 blocks [chunk, V] serve all chunks. Any other loss or head goes the plain way.
     """
-    if loss not in GRADIENTS or getattr(student.head, "__func__", None) is not plain.GPT.head:
+    if loss not in GRADIENTS or not _has_plain_head(student):
         return sdft.backward(loss, student, s, teacher, t, tokens)
     x, w, chunk = s.detach(), student.head_weight, min(chunk, math.ceil(len(s) / 3))
     slope, slope_w = torch.empty_like(x), torch.zeros_like(w) if w.requires_grad else None
@@ -130,6 +131,11 @@ def backward(loss, student, s, teacher, t, tokens, chunk=128):
     return values, Total.apply(s, w, slope, slope_w)
 
 
+def _has_plain_head(model):
+    """Whether logits are X W^T, and not what a fork makes of them."""
+    return getattr(model.head, "__func__", None) is plain.GPT.head
+
+
 class Total(torch.autograd.Function):
     """0, with known gradients: slope in s, and slope_w in w (None: none)."""
 
@@ -146,6 +152,7 @@ class Total(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------------------- generate
 
+@torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None,
              generator=None, batch_size=64, rows=None, done=None):
     """`model.generate`: the prompts' completions."""
@@ -163,23 +170,31 @@ def blocked_weights(model, rows):
     A decoding step multiplies every weight by a few rows, which is faster from the copies; making
     them takes as long as three steps. The results are the same up to rounding.
     """
-    dtype, changed = model.norm.weight.dtype, []
-    fast = torch.backends.mkldnn.is_available() and model.device.type == "cpu" and rows > 0
-    if fast and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        for part in (part for layer in model.layers for part in (layer.self_attn, layer.mlp)):
-            *inputs, output = part.children()  # q, k, v and o; gate, up and down
-            _multiply_as_one(inputs, rows)
-            _multiply_as_one([output], rows)
-            changed += [*inputs, output]
-        w = torch.ops.mkldnn._reorder_linear_weight(model.head_weight.detach(), rows)
-        model.head = partial(_product, w=w, b=None)
+    linears, own_head = [], _has_plain_head(model)
     try:
+        if rows and _blocks_are_fast(model):
+            for part in (part for layer in model.layers for part in (layer.self_attn, layer.mlp)):
+                *inputs, output = part.children()  # q, k, v and o; gate, up and down
+                linears += [*inputs, output]
+                _multiply_as_one(inputs, rows)
+                _multiply_as_one([output], rows)
+            if own_head:
+                w = torch.ops.mkldnn._reorder_linear_weight(model.head_weight.detach(), rows)
+                model.head = partial(_product, w=w, b=None)
         yield
     finally:
-        for linear in changed:
-            del linear.forward  # the class's own comes back
-        if changed:
-            del model.head
+        for linear in linears:
+            vars(linear).pop("forward", None)  # the class's own comes back
+        if own_head:
+            vars(model).pop("head", None)
+
+
+def _blocks_are_fast(model):
+    """Whether oneDNN is there for the model's device and type."""
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    float32 = model.norm.weight.dtype == torch.float32
+    return float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _multiply_as_one(linears, rows):

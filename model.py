@@ -78,10 +78,11 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
 
-    def attends(self, positions):
-        """One `attend` a layer: it takes in tokens at `positions` [B, T], each of which sees all
-        up to itself. What is written at padding is overwritten by what comes next."""
-        T, S = positions.size(1), int(positions.max()) + 1
+    def attends(self, positions, S):
+        """One `attend` a layer: it takes in tokens at `positions` [B, T], all below S, each of
+        which sees all up to itself. What is written at padding is overwritten by what comes next.
+        """
+        T = positions.size(1)
         columns = torch.arange(S, device=positions.device)
         mask = None if S == T else (columns <= positions[..., None])[:, None]  # [B, 1, T, S]
         return [partial(self._attend, k, v, positions, mask) for k, v in zip(self.k, self.v)]
@@ -234,12 +235,14 @@ class GPT(nn.Module):
             x = x + self.embed_positions(positions)
         else:
             rope = rope_angles(self.config, positions, attention_dtype(x.device, x.dtype))
-        attends = cache.attends(positions) if cache else [attend] * len(self.layers)
-        for layer, attend in zip(self.layers, attends):
+        attends = [attend] * len(self.layers)
+        if cache:
+            attends = cache.attends(positions, longest)
+        for layer, attend_of_layer in zip(self.layers, attends):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, attend, use_reentrant=False)
+                x = checkpoint(layer, x, rope, attend_of_layer, use_reentrant=False)
             else:
-                x = layer(x, rope, attend)
+                x = layer(x, rope, attend_of_layer)
             if hidden:
                 states.append(x)
         x = self.norm(x)
@@ -269,9 +272,14 @@ class GPT(nn.Module):
         return w.detach()
 
     def named_weights(self):
-        """(name, weight) of every parameter of a plain GPT of this size, see `weight`."""
-        with torch.device("meta"):
-            names = [name for name, _ in GPT(self.config).named_parameters()]
+        """(name, weight) of every parameter, under its name in a plain GPT, see `weight`."""
+        names = []
+        for name, _ in self.named_parameters():
+            owner, parametrized, rest = name.partition(".parametrizations.")
+            if not parametrized:
+                names.append(name)
+            elif rest.endswith(".original"):  # else it is a low-rank factor
+                names.append(f"{owner}.{rest.removesuffix('.original')}")
         return ((name, self.weight(name)) for name in names)
 
     @classmethod
@@ -342,6 +350,7 @@ def _continue(model, prompts, max_new_tokens, choose, u, eos_id, done):
             alive, tokens = [alive[b] for b in running], tokens[running]
             cache.keep(running)
         x = model.backbone(tokens[:, None], cache=cache)[:, 0]
+    return completions
 
 
 def _prefill(model, prompts, room):

@@ -122,8 +122,9 @@ def reduce_(parameters, line):
             p.grad.mul_(size())
         else:
             dist.all_reduce(p.grad)
-    for name in {"loss", "kl", "cka"} & line.keys():
-        line[name] = sum(gather([line[name]]))
+    for name in ("loss", "kl", "cka"):  # in one order on all processes
+        if name in line:
+            line[name] = sum(gather([line[name]]))
 
 
 def shard_(model):

@@ -13,11 +13,10 @@ import torch
 import checkpoint
 import data
 import evaluate
-import model as plain
 import parallel
 import sdft
 from damage import check_groups, parse_damage, put_on_grid, remove_neurons, require
-from model import GPT, frozen_copy
+from model import GPT, frozen_copy, generate
 
 WAYS = "sdft", "kd", "sft", "none"
 
@@ -49,7 +48,9 @@ class Run:
     calibration: list                # ids that activations are taken from, where any are
     evaluation: evaluate.Evaluation  # what is measured
     facts: dict                      # hashes and counts that results.json reports
+    score: object                    # sdft.score, or a faster one
     backward: object                 # sdft.backward, or a faster one
+    generate: object                 # model.generate, or a faster one
     stages: dict = dataclasses.field(default_factory=dict)   # name -> evaluate.Measurement
     seconds: dict = dataclasses.field(default_factory=dict)
     shown: dict = dataclasses.field(default_factory=dict)    # stage -> a step, token by token
@@ -63,6 +64,7 @@ def prepare(c):
     check_options(c)
     if c.dtype == "auto":
         c.dtype = "bfloat16" if parallel.bfloat16_is_fast(c.device) else "float32"
+    score, backward, generate = implementation(c)
     tasks, forgetting, further = read_tasks(c)
     texts = read_texts(c)
     with parallel.first():
@@ -71,8 +73,6 @@ def prepare(c):
     teachers, student = read_models(c, folder, tokenizer, texts["perplexity"][:4000])
     check_models(c, teachers, student, tokenizer)
     context = min(m.config.context_length for m in [student, *teachers.values()])
-    score, backward, generate = implementation(c)
-
     windows = {metric: data.text_windows(tokenizer, text, length=min(256, context))
                for metric, text in texts.items()}
     evaluation = evaluate.Evaluation(
@@ -82,7 +82,7 @@ def prepare(c):
     expert, damaging = plan_history(c, tokenizer, tasks, forgetting)
     run = Run(c, folder, teachers, student, expert, damaging, plan_recoveries(c, tokenizer, tasks),
               calibration_of(c, tokenizer, tasks), evaluation,
-              facts(folder, student, tasks, evaluation, texts), backward)
+              facts(folder, student, tasks, evaluation, texts), score, backward, generate)
     check_lengths(run, context)
     if parallel.rank() == 0:
         prepare_out(Path(c.out))
@@ -127,8 +127,9 @@ def check_options(c):
 def implementation(c):
     """(score, backward, generate): the plain ones, or those of fast.py, which equal them."""
     if c.plain:
-        return sdft.score, sdft.backward, plain.generate
+        return sdft.score, sdft.backward, generate
     import fast
+    fast.keep_freed_memory()
     return fast.score, fast.backward, fast.generate
 
 
@@ -141,23 +142,24 @@ def splits_of(tasks, limit):
 
 def calibration_of(c, tokenizer, tasks):
     """Ids that activations are taken from, if anything takes them."""
-    damages = [what for what, _ in parse_damage(c.degrade)]
-    needed = c.cka_patience or any(what is not put_on_grid for what in damages)
+    needed = c.cka_patience > 0
+    for what, match in parse_damage(c.degrade):
+        needed |= what is not put_on_grid and match.groupdict().get("method") != "magnitude"
     return evaluate.calibration_sequences(c, tokenizer, tasks) if needed else []
 
 
 def read_tasks(c):
     """Tasks to recover on, tasks to forget by, and further ones that are only measured."""
-    trained, lost, asked = ([name for name in names.split(",") if name]
-                            for names in (c.data, c.forget, c.eval))
+    trained, lost = c.data.split(","), c.forget.split(",") if c.forget else []
     tasks, forgetting = ([data.load_task(name) for name in names] for names in (trained, lost))
-    further = []
-    for name in asked:
-        if name not in [*trained, *lost]:
-            further.append(data.load_task(name, measured_only=True))
+    by_name, further = dict(zip([*trained, *lost], [*tasks, *forgetting])), []
+    for name in c.eval.split(",") if c.eval else []:
+        if name not in by_name:
+            by_name[name] = data.load_task(name, measured_only=True)
+            further.append(by_name[name])
             require(further[-1].eval, f"--eval {name}: a text has no questions; for its perplexity "
                                       "name a file in --text")
-    metrics = [Path(name).stem for name in {*trained, *lost, *asked}]
+    metrics = [task.name for task in by_name.values() if task.eval]  # a text is not measured so
     for metric in sorted(metrics):
         require(not metric.startswith("perplexity"),
                 f"{metric}: its metric would be taken for a perplexity: rename the file")
@@ -172,6 +174,7 @@ def read_texts(c):
     for name in c.text.split(","):
         metric = f"perplexity_{Path(name).stem}" if texts else "perplexity"
         require(metric not in texts, f"--text: two would be measured as {metric!r}: rename a file")
+        require(name == "python" or Path(name).is_file(), f"--text: there is no file {name!r}")
         texts[metric] = data.split_text()[1] if name == "python" else data.read_text(name)
     return texts
 

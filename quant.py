@@ -87,9 +87,12 @@ def fake_quantize(w, bits, group_size=None, symmetric=True):
     >>> fake_quantize(w, bits=2, symmetric=False)
     tensor([[-2.,  4.,  0.,  2.]])
     """
-    w_hat = dequantize_int(*quantize_int(w.detach(), bits, group_size, symmetric))
-    passes = None if symmetric else _not_clipped(w.detach(), bits, group_size)
-    return StraightThrough.apply(w, w_hat, passes)
+    (low, high), passes = integer_range(bits, symmetric), None
+    q, scale, zero_point = _rounded(w.detach(), bits, group_size, symmetric)
+    if not symmetric:  # a symmetric grid reaches every weight
+        passes = ((q >= low) & (q <= high)).reshape(w.shape)
+    w_hat = q.clamp_(low, high).sub_(zero_point).mul_(scale)  # s (q - z)
+    return StraightThrough.apply(w, w_hat.reshape(w.shape), passes)
 
 
 def integer_range(bits, symmetric):
@@ -123,13 +126,6 @@ def _rounded(w, bits, group_size, symmetric):
     scale = torch.where(scale == 0, 1.0, scale)
     zero_point = (-least / scale).round().clamp(low, high)
     return (groups / scale).round_().add_(zero_point), scale, zero_point
-
-
-def _not_clipped(w, bits, group_size):
-    """Where the asymmetric grid reaches w, [out, in]; the symmetric one reaches every weight."""
-    low, high = integer_range(bits, symmetric=False)
-    q = _rounded(w, bits, group_size, symmetric=False)[0]
-    return ((q >= low) & (q <= high)).reshape(w.shape)
 
 
 # ------------------------------------------------------------------------------------------- NF4
@@ -240,14 +236,14 @@ def quantize_(model, scheme, group_size=None, symmetric=True, double=False):
     Returns the number of weights put on the grid. ValueError for an unknown scheme or a group size
     that does not fit, before anything is changed.
     """
-    match = re.fullmatch(r"int([2-8])|nf4", scheme)
+    match, linears = re.fullmatch(r"int([2-8])|nf4", scheme), block_linears(model)
     if not match:
         raise ValueError(f"unknown quantization scheme {scheme!r}: choose int2 … int8 or nf4")
-    quantize = partial(fake_nf4, double=double)
-    if match[1]:
-        quantize = partial(fake_quantize, bits=int(match[1]), group_size=group_size,
-                           symmetric=symmetric)
-    linears = block_linears(model)
+    if scheme == "nf4":
+        quantize = partial(fake_nf4, double=double)
+    else:
+        bits = int(match[1])
+        quantize = partial(fake_quantize, bits=bits, group_size=group_size, symmetric=symmetric)
     for linear in linears:
         quantize(linear.weight[:1])  # raises what it has to, on one row
     for linear in linears:
@@ -331,13 +327,15 @@ def compute_in_(model, dtype):
     return model
 
 
+@torch.no_grad()
 def bake_(model):
     """Replace every parametrized weight by the value it acts with: exactly on its grid, an ordinary
     parameter again."""
-    for name, w in model.named_weights():
-        owner, _, name = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if parametrize.is_parametrized(module, name):
+    for module in [m for m in model.modules() if parametrize.is_parametrized(m)]:
+        for name, steps in list(module.parametrizations.items()):
+            w = steps.original
+            for step in steps:
+                w = step(w) if getattr(step, "changes_the_model", True) else w
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-            getattr(module, name).data = w
+            getattr(module, name).data = w.detach()
     return model

@@ -8,8 +8,15 @@ One step, for a batch of prompts x with expert demonstrations c:
 
 The teacher is any frozen earlier state of the model. The paper gives no formula for the KL and no
 direction; both directions and the Jensen-Shannon divergence between them are here. `recover` is the
-loop. Nothing in this file knows how the student was damaged: parametrized weights (quantized,
-masked) are computed once a step, and the rollout and the update use the same ones.
+loop. Without a rollout it is off-policy distillation, a baseline: the experts' answers are scored.
+
+    ema > 0           the teacher follows the student: phi <- ema theta + (1 - ema) phi
+    cka_weight > 0    the loss is KL + cka_weight (1 - CKA) (§6), with cka_balance
+                      KL + cka_weight sg(KL / (1 - CKA)) (1 - CKA) (CKA-QAD, 2606.05682);
+                      CKA is linear, over the answers' tokens, averaged over layers
+
+Nothing in this file knows how the student was damaged. Parametrized weights (quantized, masked) are
+computed once a step, and the rollout and the update use the same ones.
 """
 import contextlib
 import math
@@ -133,7 +140,9 @@ def backward(loss, student, s, teacher, t, tokens, chunk=64):
         value = loss(*logits, every) * len(rows) / tokens
         value.backward()
         with torch.no_grad():
-            kl = value if loss is forward_kl else reverse_kl(*logits, every) * len(rows) / tokens
+            kl = value
+            if loss not in (forward_kl, reverse_kl):
+                kl = reverse_kl(*logits, every) * len(rows) / tokens
             values += torch.stack((value, kl))
     slope = leaf.grad
     return values, (s * slope).sum()  # d total / d s = slope
@@ -144,34 +153,25 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
             backward=backward, **optimization):
     """SDFT: teach the student back from its teacher's view of its own rollouts; trains in place.
 
-    batches: a list of lists of `Prompt`. rollout(student, prompts) -> completions, lists of ids, is
-    how the student answers; None takes the experts' answers: off-policy distillation, a baseline.
-    loss(student_logits, teacher_logits, mask): one of LOSSES, or any mean over tokens like them.
-    ema > 0: the teacher, in place, follows the student (Shenfeld et al.). cka_weight > 0 (§6): the
-    loss is KL + cka_weight (1 - CKA), with cka_balance KL + cka_weight sg(KL / (1 - CKA)) (1 - CKA)
-    (CKA-QAD, 2606.05682); CKA is linear, over the answers' tokens, averaged over layers. stop() is
-    asked after each step and ends the training if it is true. Rows go through the models
-    micro_batch at a time. On several processes, share(rows) is what this one takes of the batch.
-    The rest goes to `steps`.
+    batches: lists of `Prompt`. rollout(student, prompts) -> completions, lists of ids; None: the
+    experts' answers. loss(student_logits, teacher_logits, mask): one of LOSSES, or any mean over
+    tokens like them. stop() ends the training if it is true. share(rows) is this process's part of
+    the batch. ema, cka_weight, cka_balance: see the head of this file. The rest goes to `steps`.
     """
-    if ema and teacher.config != student.config:
-        raise ValueError("a teacher can only follow a student of its own shape")
     teacher.eval().requires_grad_(False)  # the paper's teacher is static
-    phi = {name: p.float() for name, p in teacher.named_parameters()} if ema else {}
-    layers = cka_weight > 0
+    phi, with_cka = average_of(teacher, student) if ema else {}, cka_weight > 0
     for batch, update in steps(student, batches, **optimization):
         answers = [p.answer for p in batch]
         if rollout:                                                     # 1. rollout: on-policy
             answers = rollout(student, [p.student for p in batch])
         tokens = sum(map(len, answers))
-        line = {"loss": 0.0, "kl": 0.0, "tokens": tokens} | ({"cka": 0.0} if layers else {})
+        line = {"loss": 0.0, "kl": 0.0, "tokens": tokens} | ({"cka": 0.0} if with_cka else {})
         for prompts, ys in micro_batches(share(batch), share(answers), micro_batch):
-            # 2. score: the teacher on its own prompts, the student on its own
-            with torch.no_grad():
-                t = score(teacher, [p.teacher for p in prompts], ys, layers)
-            s = score(student, [p.student for p in prompts], ys, layers)
+            with torch.no_grad():                                       # 2. score, t and s
+                t = score(teacher, [p.teacher for p in prompts], ys, with_cka)
+            s = score(student, [p.student for p in prompts], ys, with_cka)
             (value, kl), total = backward(loss, student, s[-1], teacher, t[-1], tokens)
-            if layers and s.size(1) > 2:                 # of one or two tokens CKA says nothing
+            if with_cka and s.size(1) > 2:               # of one or two tokens CKA says nothing
                 distance, part = 1 - linear_cka(s, t).mean(), s.size(1) / tokens
                 balance = value / (distance.detach() + 1e-6) if cka_balance else part
                 total = total + cka_weight * balance * distance
@@ -179,6 +179,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
             total.backward()
             line["loss"] += value.item()
             line["kl"] += kl.item()
+            s = t = total = distance = None              # no graph outlives its micro-batch
         update(line)                                                    # 3. update
         if ema:
             follow(teacher, phi, student, ema)
@@ -200,18 +201,24 @@ def sft(model, batches, *, micro_batch=16, stop=None, share=list, score=score, *
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
             loss.backward()
             line["loss"] += loss.item()
+            logits = loss = None
         update(line)
         if stop and stop():
             break
     return model
 
 
+def average_of(teacher, student):
+    """phi, {name: weight} of a teacher that is to follow the student. In float32: in bfloat16 a
+    step of 1 % would round to none. ValueError if the two are not of one shape."""
+    if teacher.config != student.config:
+        raise ValueError("a teacher can only follow a student of its own shape")
+    return {name: p.float() for name, p in teacher.named_parameters()}
+
+
 @torch.no_grad()
 def follow(teacher, phi, student, rate):
-    """phi <- rate theta + (1 - rate) phi, in place, and the teacher becomes phi (Shenfeld et al.).
-
-    phi {name: float32}: in bfloat16 a step of 1 % would round to none.
-    """
+    """phi <- rate theta + (1 - rate) phi, and the teacher is phi, in place (Shenfeld et al.)."""
     for name, theta in student.named_weights():
         p = teacher.get_parameter(name)
         p.copy_(phi[name].lerp_(theta.to(p.device).float(), rate))
@@ -250,18 +257,14 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
     """(batch, update) for each batch: the caller adds up .grad, then calls update(line), once.
 
     update clips the gradient, takes a step of AdamW in place, and gives log the caller's line
-    (with loss and tokens) together with step, lr, grad_norm and seconds. lr warms up linearly, and
-    decays to 0 over the second half. adam_dtype is what AdamW's two moments rest in; progress
-    names the bar, "" for none. Within a step, parametrized weights are computed once, with their
-    graph (not if cached is False). reduce(parameters, line) adds up gradients and numbers of
-    several processes.
+    (with loss and tokens) together with step, lr, grad_norm, and the seconds up to here. lr warms
+    up linearly, and decays to 0 over the second half. adam_dtype is what AdamW's two moments rest
+    in; progress names the bar, "" for none. Within a step, parametrized weights are computed once,
+    with their graph (not if cached is False). reduce(parameters, line) adds up gradients and
+    numbers of several processes.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    settings = dict(lr=lr, betas=BETAS, weight_decay=weight_decay)
-    if adam_dtype == torch.float32:
-        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
-    else:
-        optimizer = CompactAdamW(parameters, settings | {"eps": 1e-8, "dtype": adam_dtype})
+    optimizer = adamw(parameters, lr, weight_decay, adam_dtype)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (warmup + 1), 1, 2 * (1 - step / len(batches))))
 
@@ -271,12 +274,12 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
             reduce(parameters, line)
         norm = clip_grad_norm_(parameters, clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
-        step, lr = schedule.last_epoch, schedule.get_last_lr()[0]
+        line = {"step": schedule.last_epoch, **line, "lr": schedule.get_last_lr()[0]}
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        line = {"step": step, **line, "lr": lr, "grad_norm": norm.item()}
-        _report(line | {"seconds": time.perf_counter() - began}, bar, log)
+        seconds = time.perf_counter() - began
+        _report(line | {"grad_norm": norm.item(), "seconds": seconds}, bar, log)
 
     model.train()
     bar = tqdm(batches, desc=progress, unit="step", disable=not progress)
@@ -289,6 +292,14 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
                 yield batch, update
     finally:
         model.eval()
+
+
+def adamw(parameters, lr, weight_decay, dtype):
+    """AdamW (1711.05101) whose two moments rest in dtype."""
+    settings = dict(lr=lr, betas=BETAS, weight_decay=weight_decay)
+    if dtype == torch.float32:
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    return CompactAdamW(parameters, settings | {"eps": 1e-8, "dtype": dtype})
 
 
 def _report(line, bar, log):

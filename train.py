@@ -141,7 +141,8 @@ class Config:
 RENAMED = {  # options of earlier versions
     "--max-new-tokens": "--rollout-tokens", "--answer-tokens": "--eval-tokens",
     "--text-tokens": "--text-prompt-tokens", "--moments": "--adam-dtype",
-    "--checkpointing": "--gradient-checkpointing", "--stop-after": "--cka-patience",
+    "--checkpointing": "--gradient-checkpointing",
+    "--no-checkpointing": "--no-gradient-checkpointing", "--stop-after": "--cka-patience",
     "--train": "--lora RANK", "--lora-rank": "--lora RANK", "--forget-data": "--forget TASK",
     "--report": "python experiments.py report DIR"}
 
@@ -195,8 +196,7 @@ def check_bounds(c):
 def execute(run):
     """The whole story; returns results.json's content and the recovered students, by stage."""
     c, dtype, students = run.config, getattr(torch, run.config.dtype), {}
-    student = make_healthy(run)
-    student = make_degraded(run, student)
+    student = make_degraded(run, make_healthy(run))
     for lesson in run.recoveries:                                 # §3
         if lesson is run.recoveries[-1]:
             recovered = student.to(c.device)
@@ -216,7 +216,8 @@ def make_healthy(run):
 
     The healthy model, a frozen copy, is measured and may teach from now on.
     """
-    student, healthy = run.student, run.teachers["base"]
+    student, run.student = run.student, None  # it is not kept as it is now
+    healthy = run.teachers["base"]
     if run.expert:  # a Lesson, see prepare.plan_history
         measure(run, "base", healthy)
         student = teach(run, student, run.expert)
@@ -253,12 +254,12 @@ def teach(run, student, lesson):
     c, writer = run.config, parallel.rank() == 0
     student = trainable_(c, student, run.teachers["base"])
     teacher, watch = teacher_of(run, lesson), watch_of(run, student, lesson)
-    first = show_step(run, student, teacher, lesson)
     with timed(run.seconds, lesson.stage + " training"), log_of(c, lesson.stage, writer) as log:
+        first = show_step(run, student, teacher, lesson)
         settings = dict(
             lr=lesson.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip, stop=watch,
             adam_dtype=getattr(torch, c.adam_dtype), micro_batch=c.micro_batch, log=log,
-            progress=lesson.stage if writer else "", score=run.evaluation.score,
+            progress=lesson.stage if writer else "", score=run.score,
             share=parallel.share, reduce=parallel.reduce_, cached=not c.shard)
         if lesson.recovery and lesson.how != "sft":
             settings |= dict(ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance)
@@ -270,9 +271,9 @@ def teach(run, student, lesson):
                          backward=run.backward, **settings)
         if watch:
             watch.restore()
-    if first:
-        last = show_step(run, student, teacher, lesson)
-        run.shown[lesson.stage] = {"first": first, "last": last}
+        if first:
+            last = show_step(run, student, teacher, lesson)
+            run.shown[lesson.stage] = {"first": first, "last": last}
     return parallel.plain_copy(student, torch.float32)
 
 
@@ -301,11 +302,13 @@ def trainable_(c, student, base):
         generator = torch.Generator().manual_seed(c.seed)
         quant.add_lora_(student, c.lora, c.lora_alpha, generator)
     quant.compute_in_(student, getattr(torch, c.dtype))
-    for name, theirs in base.named_parameters():  # untrained and equal: one memory for both
-        ours = student.stored(name)
-        alike = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-        if not ours.requires_grad and alike and torch.equal(ours, theirs):
-            ours.data = theirs.data
+    there = dict(base.named_parameters())
+    for name, _ in student.named_weights():
+        ours, theirs = student.stored(name), there.get(name)
+        if ours.requires_grad or theirs is None:
+            continue
+        if ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs):
+            ours.data = theirs.data  # untrained and equal: one memory for both
     student.gradient_checkpointing = c.gradient_checkpointing
     if c.shard:
         parallel.shard_(student)
@@ -325,7 +328,7 @@ def rollout_of(run):
 def answers(run, student, prompts, generator, rows):
     """The student's completions of these rows of the prompts, sampled as --temperature says."""
     c = run.config
-    return run.evaluation.generate(
+    return run.generate(
         parallel.whole(student, getattr(torch, c.dtype)), prompts, c.rollout_tokens, c.temperature,
         c.top_p, run.evaluation.tokenizer.eos_id, generator, batch_size=c.batch_size, rows=rows)
 
@@ -339,9 +342,8 @@ def show_step(run, student, teacher, lesson):
     batch, generator = lesson.batches[0], torch.Generator().manual_seed(run.config.seed)
     student = parallel.plain_copy(student, getattr(torch, run.config.dtype))
     completions = answers(run, student, [p.student for p in batch], generator, rows)
-    chosen, evaluation = [batch[i] for i in rows], run.evaluation
-    return evaluate.trace(student, teacher, chosen, completions, evaluation.tokenizer,
-                          evaluation.score)
+    return evaluate.trace(student, teacher, [batch[i] for i in rows], completions,
+                          run.evaluation.tokenizer, run.score)
 
 
 # ------------------------------------------------------------------------------------ the results
@@ -426,9 +428,6 @@ def show(run, results, students):
 def main(argv=None):
     """The command line; returns the exit code, 2 for a user's mistake."""
     config = parse(argv)
-    if not config.plain:
-        import fast
-        fast.keep_freed_memory()
     config.device = parallel.start(config.device)
     try:
         with parallel.watching_peers():

@@ -187,12 +187,11 @@ def test_trace_is_the_softmax_of_full_forwards_on_each_ones_own_prompt(tiny):
             assert t["kl"] == pytest.approx((p_t * (p_t / p_s).log()).sum().item(), rel=1e-3)
 
 
-def test_trace_of_a_student_that_is_its_teacher_has_no_kl_and_stops_at_ids_unknown_to_one(tiny):
+def test_trace_of_a_student_that_is_its_teacher_has_no_kl_and_ends_after_24_tokens(tiny):
     student, tokenizer = tiny
-    prompts = [sdft.Prompt([5, 6], [5, 6])] * 2
-    completions = [[7, 8, student.config.vocab_size, 9], [student.config.vocab_size]]
+    prompts, completions = [sdft.Prompt([5, 6], [5, 6])] * 2, [[7, 8], list(range(3, 33))]
     shown = evaluate.trace(student, student, prompts, completions, tokenizer, sdft.score)
-    assert [len(s["tokens"]) for s in shown] == [2, 0]
+    assert [len(s["tokens"]) for s in shown] == [2, 24]
     for t in shown[0]["tokens"]:
         assert t["student"] == t["teacher"] and t["kl"] == pytest.approx(0, abs=1e-6)
 

@@ -270,14 +270,22 @@ def test_generate_in_bfloat16_has_likely_tokens():
 
 @every_shape
 @torch.no_grad()
-def test_weights_laid_out_for_decoding_give_the_same_logits(changes):
-    model, ids = tiny(**changes), torch.tensor([ragged(1, longest=9)[0] * 2] * 2)
-    expected, linears = model(ids), [m for m in model.layers.modules()
-                                     if isinstance(m, torch.nn.Linear)]
+def test_weights_laid_out_for_decoding_give_the_same_logits(changes, monkeypatch):
+    """In one product for q, k and v, and one for gate and up."""
+    model, ids, products = tiny(**changes), torch.tensor([ragged(1)[0] * 2] * 2), []
+    expected, product = model(ids), fast._product
+
+    def counted(*args, **kwargs):
+        products.append(1)
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(fast, "_product", counted)
     with fast.blocked_weights(model, 2):
-        if torch.backends.mkldnn.is_available():
-            assert len(replaced(model)) == len(linears) + 1 and "" in replaced(model)
         torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-5)
+        if torch.backends.mkldnn.is_available():
+            linears = [m for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
+            assert len(replaced(model)) == len(linears) + 1 and "" in replaced(model)
+            assert len(products) == 2 * 4 + 1  # qkv, o, gate and up, down; the head
         torch.testing.assert_close(model(ids[:, :1]), expected[:, :1], rtol=0, atol=1e-5)
     assert not replaced(model)
     torch.testing.assert_close(model(ids), expected, rtol=0, atol=0)

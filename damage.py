@@ -73,7 +73,7 @@ def parse_damage(text):
 def _hint(scheme):
     if scheme == "forget":
         return "it is now --forget TASK"
-    if Path(scheme).is_dir():
+    if scheme and Path(scheme).is_dir():
         return "a damaged model is now --student DIR"
     return "choose of ffn10, magnitude30, wanda30, wanda2:4, int4, nf4, or none"
 

@@ -10,12 +10,14 @@ two CPU cores is in RESULTS.md.
 """
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import sys
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import model as plain
@@ -133,7 +135,17 @@ def backward(loss, student, s, teacher, t, tokens, chunk=128):
 
 def _has_plain_head(model):
     """Whether logits are X W^T, and not what a fork makes of them."""
-    return getattr(model.head, "__func__", None) is plain.GPT.head
+    head = getattr(model.head, "__func__", None)
+    return head is plain.GPT.head and _is_product(head)
+
+
+@functools.cache
+def _is_product(head):
+    """Whether GPT.head is X W^T, seen on a small model: a fork may have edited it."""
+    sizes = dict(vocab_size=5, n_layer=1, d_model=8, n_head=1, n_kv_head=1, head_dim=8, d_ff=8)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        small, x = plain.GPT(plain.GPTConfig(**sizes)), torch.randn(3, 8)
+        return torch.equal(head(small, x), F.linear(x, small.head_weight))
 
 
 class Total(torch.autograd.Function):
@@ -174,10 +186,9 @@ def blocked_weights(model, rows):
     try:
         if rows and _blocks_are_fast(model):
             for part in (part for layer in model.layers for part in (layer.self_attn, layer.mlp)):
-                *inputs, output = part.children()  # q, k, v and o; gate, up and down
-                linears += [*inputs, output]
-                _multiply_as_one(inputs, rows)
-                _multiply_as_one([output], rows)
+                for of_one_input in _linears_by_input(part):
+                    linears += of_one_input
+                    _multiply_as_one(of_one_input, rows)
             if own_head:
                 w = torch.ops.mkldnn._reorder_linear_weight(model.head_weight.detach(), rows)
                 model.head = partial(_product, w=w, b=None)
@@ -197,21 +208,34 @@ def _blocks_are_fast(model):
     return float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+TOGETHER = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+
+
+def _linears_by_input(part):
+    """An attention's or an FFN's linears, those of one input in a list; none a fork changed."""
+    for names in TOGETHER:
+        linears = [getattr(part, name) for name in names if hasattr(part, name)]
+        linears = [m for m in linears if type(m).forward is torch.nn.Linear.forward]
+        if linears:
+            yield linears
+
+
 def _multiply_as_one(linears, rows):
-    """Let linears of one input be one product. The first of them, when it is called, computes it;
-    the others, called after it in their order, give their parts of it."""
+    """Let linears of one input be one product: the first that is called with an input computes it,
+    the others take their parts."""
     w = torch.cat([linear.weight for linear in linears]).detach()
-    w, b, parts = torch.ops.mkldnn._reorder_linear_weight(w, rows), None, []
+    w, b, parts = torch.ops.mkldnn._reorder_linear_weight(w, rows), None, {}
+    sizes = [linear.out_features for linear in linears]
     if linears[0].bias is not None:
         b = torch.cat([linear.bias for linear in linears])
 
-    def first(x):
-        parts[:] = _product(x, w, b).split([linear.out_features for linear in linears], dim=-1)
-        return parts.pop(0)
+    def forward(x, i):
+        if i not in parts or parts["x"] is not x:
+            parts.update(enumerate(_product(x, w, b).split(sizes, dim=-1)), x=x)
+        return parts.pop(i)
 
-    linears[0].forward = first
-    for linear in linears[1:]:
-        linear.forward = lambda x: parts.pop(0)
+    for i, linear in enumerate(linears):
+        linear.forward = partial(forward, i=i)
 
 
 def _product(x, w, b):

@@ -155,10 +155,11 @@ def read_tasks(c):
     by_name, further = dict(zip([*trained, *lost], [*tasks, *forgetting])), []
     for name in c.eval.split(",") if c.eval else []:
         if name not in by_name:
+            text = name == "text" or Path(name).is_file() and Path(name).suffix != ".jsonl"
+            require(not text, f"--eval {name}: a text has no questions; for its perplexity name a "
+                              "file in --text")
             by_name[name] = data.load_task(name, measured_only=True)
             further.append(by_name[name])
-            require(further[-1].eval, f"--eval {name}: a text has no questions; for its perplexity "
-                                      "name a file in --text")
     metrics = [task.name for task in by_name.values() if task.eval]  # a text is not measured so
     for metric in sorted(metrics):
         require(not metric.startswith("perplexity"),

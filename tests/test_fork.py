@@ -89,16 +89,17 @@ def test_an_addition_takes_at_most_ten_lines():
 
 
 def test_a_loss_a_damage_and_a_task_go_through_a_whole_run(fork, folder, tmp_path, calls, capsys):
-    options = "--loss variation --degrade shrink10 --calibration 8 --data doubles,text"
+    options = "--loss variation --degrade int4,shrink10 --calibration 8 --data doubles,text"
     found, steps = job(folder, tmp_path / "fast", options)
     assert all(calls.values()) and calls["backward"] == 3 * 2  # micro-batches
-    assert found["environment"]["damage"] == {"linears_shrunk": 14, "examples_seen": 8}
+    assert found["environment"]["damage"] == {
+        "linears_shrunk": 14, "examples_seen": 8, "weights_quantized": 18_432}
     assert set(found["stages"]["healthy"]) == {"doubles_held_out", "perplexity"}
     assert found["stages"]["degraded"]["perplexity"] != found["stages"]["healthy"]["perplexity"]
     assert found["stages"]["recovered"]["perplexity"] != found["stages"]["degraded"]["perplexity"]
     assert all(0 < line["loss"] < 1 and line["grad_norm"] > 0 for line in steps)
     said = capsys.readouterr().out
-    assert "damage shrink10: 14 linears shrunk, 8 examples seen" in said
+    assert "damage int4,shrink10: 14 linears shrunk, 8 examples seen, 18,432 weights" in said
     _, plain = job(folder, tmp_path / "plain", options + " --plain")
     for key in ("loss", "kl", "grad_norm"):
         assert [s[key] for s in steps] == pytest.approx([s[key] for s in plain], rel=1e-4), key

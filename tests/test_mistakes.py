@@ -231,7 +231,7 @@ IN_DAMAGE = {
     "two_kept_of_none": ("--degrade wanda2:0", "wanda2:0"),
     "groups_of_a_grid_do_not_fit": ("--group-size 7", "group_size 7"),
     "a_negative_group": ("--group-size -16", "--group-size"),
-    "nothing_between_commas": ("--degrade int4,", "unknown damage ''"),
+    "nothing_between_commas": ("--degrade int4,", "unknown damage '': choose of"),
     "a_damaged_student_and_bootstrap": (
         "--student {folder} --bootstrap {folder}", "--bootstrap"),
     "a_damaged_student_and_forgetting": ("--student {folder} --forget tooluse", "--forget"),

@@ -16,6 +16,7 @@ from model import GPT, generate
 
 @pytest.fixture(scope="module")
 def smollm2():
+    torch.set_num_threads(os.cpu_count())  # conftest says 1, which is for tiny models
     try:
         return checkpoint.default_model()
     except OSError as error:

@@ -57,11 +57,11 @@ def test_a_file_of_the_paper_imports_what_the_table_says(module):
 
 
 def test_what_is_imported_within_functions():
-    """A model knows of file formats, and a run of fast.py, only where it needs them."""
+    """A model knows of file formats where it is read and written, and fast.py is chosen once."""
     found = {module: inner_imports(module) for module in OURS - {"bench"}}
     assert {module: names for module, names in found.items() if names} == {
         "model": [("from_pretrained", "checkpoint"), ("save_pretrained", "checkpoint")],
-        "prepare": [("implementation", "fast")], "train": [("main", "fast")]}
+        "prepare": [("implementation", "fast")]}
 
 
 def test_no_file_imports_itself_by_way_of_others():

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import data
 import evaluate
+import fast
 import parallel
+import sdft
 import train
 from damage import damage_
 from model import GPT, generate
@@ -157,16 +159,18 @@ def test_a_plain_run_gives_the_numbers_of_the_default_one(kind, options, tmp_pat
 
 
 def test_only_a_plain_run_does_without_fast(folder, tmp_path, monkeypatch):
-    import fast
     called = []
     for name in ("score", "backward", "generate", "keep_freed_memory"):
         monkeypatch.setattr(fast, name, lambda *_, name=name, **__: called.append(name))
-    run = prepared(folder, tmp_path / "plain", "--plain")
-    chosen = run.evaluation.score, run.backward, run.evaluation.generate
-    assert chosen == (train.sdft.score, train.sdft.backward, generate)
-    run = prepared(folder, tmp_path / "fast")
-    chosen = run.evaluation.score, run.backward, run.evaluation.generate
-    assert chosen == (fast.score, fast.backward, fast.generate) and not called
+
+    def chosen(*options):
+        run = prepared(folder, tmp_path, *options)
+        asked = run.evaluation
+        assert (asked.score, asked.generate) == (run.score, run.generate)
+        return run.score, run.backward, run.generate
+    assert chosen("--plain") == (sdft.score, sdft.backward, generate) and not called
+    assert chosen() == (fast.score, fast.backward, fast.generate)
+    assert called == ["keep_freed_memory"]
 
 
 # --------------------------------------------------------------------------------- a step, shown

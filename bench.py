@@ -2,6 +2,7 @@
 
     python bench.py            # the job, split into its parts, against this machine's own ceilings
     python bench.py --plain    # the same without fast.py
+    python bench.py --parts    # also without each part of fast.py, and without all
     python bench.py --scale    # the same at 2 and 4 times the batch, and the length
     pip install -r tests/bench-requirements.txt && python bench.py --peer trl
 
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import time
 
+PARTS = "score", "backward", "generate", "memory"  # of fast.py
+
 
 def options(argv=None):
     """The command line."""
@@ -42,11 +45,15 @@ def options(argv=None):
         help="as train.py's [float32]")
     add("--gradient-checkpointing", action="store_true", help="as train.py's")
     add("--plain", action="store_true", help="as train.py's: without fast.py")
+    add("--without", default="", help=f"parts of it to do without, by commas: {', '.join(PARTS)}")
+    add("--parts", action="store_true", help="also without each of them, and without all")
     add("--scale", action="store_true", help="also 2 and 4 times the batch, and the length")
     add("--peer", choices=["trl"], help="also time TRL's SDFTTrainer")
     add("--peer-dtype", default="float32,bfloat16", help="in which precisions [float32,bfloat16]")
     add("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    o = parser.parse_args(argv)
+    o.without = ",".join(PARTS) if o.plain else o.without
+    return o
 
 
 def prompts(n):
@@ -66,10 +73,10 @@ def ours(o):
 
     import checkpoint
     import data
-    import fast
     import parallel
 
-    if not o.plain:
+    if "memory" not in o.without:
+        import fast
         fast.keep_freed_memory()
     if o.dtype == "auto":
         o.dtype = "bfloat16" if parallel.bfloat16_is_fast("cpu") else "float32"
@@ -129,14 +136,17 @@ def timed_parts(o, teacher, spent):
     optimizer add their seconds to `spent`."""
     import torch
 
-    import fast
+    import model
     import quant
     import sdft
-    from model import generate
-    score, backward = (sdft.score, sdft.backward) if o.plain else (fast.score, fast.backward)
-    rollout = functools.partial(generate if o.plain else fast.generate,
-                                max_new_tokens=o.new_tokens, batch_size=o.batch_size,
-                                generator=torch.Generator().manual_seed(0))
+    used = {"score": sdft.score, "backward": sdft.backward, "generate": model.generate}
+    for name in {*used} - {*o.without.split(",")}:
+        import fast
+        used[name] = getattr(fast, name)
+    score, backward = used["score"], used["backward"]
+    rollout = functools.partial(
+        used["generate"], max_new_tokens=o.new_tokens, batch_size=o.batch_size,
+        generator=torch.Generator().manual_seed(0))
     teachers = timed(spent, "teacher", score)
 
     def score_of_either(model, *arguments, **named):
@@ -244,7 +254,7 @@ def trl_steps(o, folder, out):
 def measure(o, kind, **changes):
     """Run one child with these options changed; its results."""
     settings = {**vars(o), "child": kind, **changes}
-    for name in ("scale", "peer", "peer_dtype"):
+    for name in ("scale", "parts", "peer", "peer_dtype"):
         del settings[name]
     flags = []
     for name, value in settings.items():
@@ -296,6 +306,10 @@ def main(argv=None):
     name = "ours, plain" if o.plain else "ours"
     show(f"{name} {base['dtype']}", base)
     show_ceilings(base)
+    if o.parts:
+        for part in PARTS:
+            show(f"without {part}", measure(o, "ours", without=part), base)
+        show("without all", measure(o, "ours", without=",".join(PARTS)), base)
     if o.scale:
         for k in (2, 4):
             show(f"{name}, {k} x batch", measure(o, "ours", batch_size=k * o.batch_size))

@@ -59,8 +59,7 @@ class Run:
 
 def prepare(c):
     """Read and check everything; ValueError or OSError, in one line, for a user's mistake."""
-    if not c.degrade:
-        c.degrade = "none" if c.student or c.forget or c.bootstrap else "int4"
+    default_damage_(c)
     check_options(c)
     if c.dtype == "auto":
         c.dtype = "bfloat16" if parallel.bfloat16_is_fast(c.device) else "float32"
@@ -87,6 +86,13 @@ def prepare(c):
     if parallel.rank() == 0:
         prepare_out(Path(c.out))
     return run
+
+
+def default_damage_(c):
+    """Without --degrade: int4; nothing more where other options make a damaged model, or a healthy
+    one by --bootstrap."""
+    if not c.degrade:
+        c.degrade = "none" if c.student or c.forget or c.bootstrap else "int4"
 
 
 def check_options(c):

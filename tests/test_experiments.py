@@ -180,6 +180,7 @@ def test_every_experiment_is_a_command_line(name):
     for options in EXPERIMENTS[name]:
         config = train.parse([*options.split(), "--seed", "0"])
         train.check_bounds(config)
+        prepare.default_damage_(config)
         prepare.check_options(config)
         damage.check_groups(GPTConfig(), config)  # of the default model
     assert len(experiments.SEEDS) >= 3 and (name != "sweep" or len(EXPERIMENTS[name]) >= 20)

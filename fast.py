@@ -191,7 +191,7 @@ def blocked_weights(model, rows):
                     _multiply_as_one(of_one_input, rows)
             if own_head:
                 w = torch.ops.mkldnn._reorder_linear_weight(model.head_weight.detach(), rows)
-                model.head = partial(_product, w=w, b=None)
+                model.head = partial(_product, w, None)
         yield
     finally:
         for linear in linears:
@@ -229,16 +229,16 @@ def _multiply_as_one(linears, rows):
     if linears[0].bias is not None:
         b = torch.cat([linear.bias for linear in linears])
 
-    def forward(x, i):
+    def forward(i, x):
         if i not in parts or parts["x"] is not x:
-            parts.update(enumerate(_product(x, w, b).split(sizes, dim=-1)), x=x)
+            parts.update(enumerate(torch.split_with_sizes(_product(w, b, x), sizes, -1)), x=x)
         return parts.pop(i)
 
     for i, linear in enumerate(linears):
-        linear.forward = partial(forward, i=i)
+        linear.forward = partial(forward, i) if len(linears) > 1 else partial(_product, w, b)
 
 
-def _product(x, w, b):
+def _product(w, b, x):
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
 

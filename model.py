@@ -82,19 +82,19 @@ class KVCache:
         """One `attend` a layer: it takes in tokens at `positions` [B, T], all below S, each of
         which sees all up to itself. What is written at padding is overwritten by what comes next.
         """
-        T = positions.size(1)
-        columns = torch.arange(S, device=positions.device)
-        mask = None if S == T else (columns <= positions[..., None])[:, None]  # [B, 1, T, S]
-        return [partial(self._attend, k, v, positions, mask) for k, v in zip(self.k, self.v)]
+        B, T = positions.shape
+        rows = torch.arange(B, device=positions.device)[:, None]
+        columns, mask = torch.arange(S, device=positions.device), None
+        if S > T:  # something came before
+            mask = (columns <= positions[..., None])[:, None]  # [B, 1, T, S]
 
-    @staticmethod
-    def _attend(past_k, past_v, positions, mask, q, k, v):
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        past_k[rows, positions], past_v[rows, positions] = k, v
-        if mask is None:  # nothing came before
-            return attend(q, k, v)
-        S = mask.size(-1)
-        return attend(q, past_k[:, :S], past_v[:, :S], mask)
+        def attend_in_layer(past_k, past_v, q, k, v):
+            past_k[rows, positions], past_v[rows, positions] = k, v
+            if mask is None:
+                return attend(q, k, v)
+            return attend(q, past_k[:, :S], past_v[:, :S], mask)
+
+        return [partial(attend_in_layer, k, v) for k, v in zip(self.k, self.v)]
 
     def begin_with(self, beginning):
         """Put what another cache holds, of one row, before every row of this one."""

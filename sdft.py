@@ -257,11 +257,10 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
     """(batch, update) for each batch: the caller adds up .grad, then calls update(line), once.
 
     update clips the gradient, takes a step of AdamW in place, and gives log the caller's line
-    (with loss and tokens) together with step, lr, grad_norm, and the seconds up to here. lr warms
-    up linearly, and decays to 0 over the second half. adam_dtype is what AdamW's two moments rest
-    in; progress names the bar, "" for none. Within a step, parametrized weights are computed once,
-    with their graph (not if cached is False). reduce(parameters, line) adds up gradients and
-    numbers of several processes.
+    (with loss and tokens) with step, lr, grad_norm, and the seconds up to here. lr warms up
+    linearly, and decays to 0 over the second half. adam_dtype is what AdamW's moments rest in;
+    progress names the bar, "" for none. Within a step parametrized weights are computed once, with
+    their graph (not if cached is False). reduce(parameters, line) sums over processes.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, lr, weight_decay, adam_dtype)
@@ -269,6 +268,7 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
         optimizer, lambda step: min((step + 1) / (warmup + 1), 1, 2 * (1 - step / len(batches))))
 
     def update(line):
+        """Clip, step, log: line is what the caller has measured."""
         cache.close()  # the weights that were computed for this step are done with
         if reduce:
             reduce(parameters, line)

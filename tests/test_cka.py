@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import tiny
 
 from cka import (
     KINDS,
@@ -17,7 +18,6 @@ from cka import (
     sample_level,
     token_level,
 )
-from model import GPT, GPTConfig
 
 
 def debiased(cka):
@@ -256,10 +256,9 @@ def test_sample_level_survives_a_dimension_that_never_changes():
         assert values == pytest.approx(expected[kind], abs=1e-12)
 
 
-def tiny(seed):
-    torch.manual_seed(seed)
-    return GPT(GPTConfig(vocab_size=64, n_layer=3, d_model=32, n_head=4, n_kv_head=2, head_dim=8,
-                         d_ff=64, context_length=64))
+def deep(seed):
+    """A tiny model of three layers."""
+    return tiny(seed, n_layer=3)
 
 
 def sequences():
@@ -268,7 +267,7 @@ def sequences():
 
 
 def test_hidden_states_are_every_block_output_without_the_first_token():
-    model = tiny(0)
+    model = deep(0)
     states = hidden_states(model, sequences())
     assert [x.shape for x in states] == [(3, 11, 32)] * 6 + [(3, 4, 32)]
     outputs = []
@@ -283,11 +282,11 @@ def test_hidden_states_are_every_block_output_without_the_first_token():
         del outputs[2]  # the last block counts after the final norm
         torch.testing.assert_close(x, torch.cat(outputs)[:, 1:], rtol=1e-5, atol=1e-5)
         assert not x.requires_grad and x.dtype == torch.float32
-    assert all(x.dtype == torch.float32 for x in hidden_states(tiny(0).bfloat16(), sequences()))
+    assert all(x.dtype == torch.float32 for x in hidden_states(deep(0).bfloat16(), sequences()))
 
 
 def test_hidden_states_of_many_sequences_say_how_many_were_read():
-    model, many, read = tiny(0), sequences() * 3, []
+    model, many, read = deep(0), sequences() * 3, []
     states = hidden_states(model, many, done=read.append)
     assert read == [8, 8, 5] and len(states) == 21
     for x, last in zip(states, hidden_states(model, many, last=True)):
@@ -296,8 +295,8 @@ def test_hidden_states_of_many_sequences_say_how_many_were_read():
 
 @pytest.mark.parametrize("level", [token_level, sample_level])
 def test_identical_models_give_one_on_every_layer_and_others_less(level):
-    same = level(*[hidden_states(tiny(0), sequences()) for _ in range(2)])
+    same = level(*[hidden_states(deep(0), sequences()) for _ in range(2)])
     for kind in KINDS:
         assert same[kind] == pytest.approx([1, 1, 1], abs=1e-9)
-    other = level(hidden_states(tiny(0), sequences()), hidden_states(tiny(1), sequences()))
+    other = level(hidden_states(deep(0), sequences()), hidden_states(deep(1), sequences()))
     assert all(value < 0.95 for value in [*other["linear_debiased"], *other["rbf_debiased"]])

@@ -18,8 +18,8 @@ from model import GPT
 
 
 @pytest.fixture
-def tiny(folder):
-    """A tiny model and its tokenizer."""
+def small(folder):
+    """A small model and its tokenizer."""
     return GPT.from_pretrained(folder).eval(), load_tokenizer(folder)
 
 
@@ -39,8 +39,8 @@ def evaluation_of(tokenizer, **changes):
 
 # ----------------------------------------------------------------------------------- Performance
 
-def test_measure_asks_everything_and_tells_the_progress_bar(tiny, monkeypatch):
-    student, tokenizer = tiny
+def test_measure_asks_everything_and_tells_the_progress_bar(small, monkeypatch):
+    student, tokenizer = small
     evaluation, bars = evaluation_of(tokenizer), []
 
     class Bar(evaluate.tqdm):
@@ -69,9 +69,9 @@ def test_measure_asks_everything_and_tells_the_progress_bar(tiny, monkeypatch):
     assert all(v == pytest.approx([1, 1]) for kinds in quiet.cka.values() for v in kinds.values())
 
 
-def test_levels_of_cka_are_those_of_the_estimators(tiny):
+def test_levels_of_cka_are_those_of_the_estimators(small):
     """Tokens: the mean over the first task's sequences; samples: every task's last tokens."""
-    student, tokenizer = tiny
+    student, tokenizer = small
     evaluation = evaluation_of(tokenizer)
     other = copy.deepcopy(student)
     other.layers[0].mlp.up_proj.weight.data.mul_(-3)
@@ -90,10 +90,10 @@ def test_levels_of_cka_are_those_of_the_estimators(tiny):
 @pytest.mark.parametrize("choices", [
     [("abc", " xyz"), ("abc", " longer one")], [("", " longer one"), ("", " xyz")],
     [("ab", " xyz"), ("", " xyz")]])
-def test_best_choice_is_the_likeliest_one(choices, tiny):
+def test_best_choice_is_the_likeliest_one(choices, small):
     """Checked against plain forwards, where an empty context is the separator of documents; whole
     sentences count in all."""
-    student, tokenizer = tiny
+    student, tokenizer = small
     example, scores = Example("", choices=choices), []
     tokenizer.added["<|endoftext|>"] = separator = 7
     for context, continuation in example.choices:
@@ -137,31 +137,11 @@ def test_a_broken_model_is_valid_json():
         "a": [None, [1.5, None]], "b": {"c": None, "d": None, "e": "nan"}}
 
 
-def test_watch_stops_when_cka_has_not_risen_and_goes_back(tiny):
-    """The student moves away from the healthy model: the first check is the best."""
-    healthy, _ = tiny
-    student = copy.deepcopy(healthy).requires_grad_(True)
-    sequences = [list(range(20 + i, 30 + 2 * i)) for i in range(6)]
-
-    def as_it_acts(student, dtype):
-        return copy.deepcopy(student).to(dtype)
-    watch = evaluate.Watch(student, healthy, sequences, 2, as_it_acts, every=2)
-    w, answers = student.layers[0].mlp.up_proj.weight, []
-    kept = w.detach().clone()
-    for _ in range(6):
-        answers.append(watch())
-        if len(answers) >= 2:  # the first check finds the healthy model itself
-            w.data += torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
-    assert answers == [False] * 5 + [True]
-    watch.restore()
-    assert torch.equal(w, kept)
-
-
 # ---------------------------------------------------------------------------------- A step, shown
 
-def test_trace_is_the_softmax_of_full_forwards_on_each_ones_own_prompt(tiny):
+def test_trace_is_the_softmax_of_full_forwards_on_each_ones_own_prompt(small):
     """Probabilities and KL from logits of whole sequences; the teacher has three ids more."""
-    student, tokenizer = tiny
+    student, tokenizer = small
     config = copy.copy(student.config)
     config.vocab_size += 3
     with torch.random.fork_rng():
@@ -187,8 +167,8 @@ def test_trace_is_the_softmax_of_full_forwards_on_each_ones_own_prompt(tiny):
             assert t["kl"] == pytest.approx((p_t * (p_t / p_s).log()).sum().item(), rel=1e-3)
 
 
-def test_trace_of_a_student_that_is_its_teacher_has_no_kl_and_ends_after_24_tokens(tiny):
-    student, tokenizer = tiny
+def test_trace_of_a_student_that_is_its_teacher_has_no_kl_and_ends_after_24_tokens(small):
+    student, tokenizer = small
     prompts, completions = [sdft.Prompt([5, 6], [5, 6])] * 2, [[7, 8], list(range(3, 33))]
     shown = evaluate.trace(student, student, prompts, completions, tokenizer, sdft.score)
     assert [len(s["tokens"]) for s in shown] == [2, 24]

@@ -42,22 +42,40 @@ class Task:
 
 def student_prompt(tokenizer, example, text_tokens=32):
     """The bare prompt as ids; raw text is cut to its first text_tokens."""
+    return teacher_prompt(tokenizer, example, "none", text_tokens)
+
+
+def teacher_prompt(tokenizer, example, demo="turn", text_tokens=32):
+    """What the teacher sees (§3), as ids: the prompt with its demonstration, if there is one, in
+    one of the forms of DEMOS."""
     if not example.chat:
         return tokenizer.encode(example.prompt)[:text_tokens]
     system = [{"role": "system", "content": example.system}] if example.system else []
-    return tokenizer.chat([*system, {"role": "user", "content": example.prompt}])
+    form = DEMOS[demo] if example.response else bare
+    return tokenizer.chat([*system, *form(example)])
 
 
-DEMONSTRATION = (
-    "{prompt}\n\nAn expert answered this as follows:\n{response}\n\nNow give your own answer.")
+def user(content):
+    return {"role": "user", "content": content}
 
 
-def teacher_prompt(tokenizer, example, demo=True, text_tokens=32):
-    """What the teacher sees (§3): the prompt with its demonstration, if there is one, as ids."""
-    if demo and example.response:
-        prompt = DEMONSTRATION.format(prompt=example.prompt, response=example.response)
-        example = Example(prompt, system=example.system, chat=example.chat)
-    return student_prompt(tokenizer, example, text_tokens)
+def turn(e):
+    """The demonstration as an earlier turn: question, answer, the same question again."""
+    return [user(e.prompt), {"role": "assistant", "content": e.response}, user(e.prompt)]
+
+
+def quote(e):
+    """The demonstration quoted after the question."""
+    return [user(f"{e.prompt}\n\nAn expert answered this as follows:\n{e.response}\n\n"
+                 "Now give your own answer.")]
+
+
+def bare(e):
+    """The question alone, as the student sees it."""
+    return [user(e.prompt)]
+
+
+DEMOS = {"turn": turn, "quote": quote, "none": bare}  # --demo -> messages, without the system's
 
 
 def expert_answer(tokenizer, example, text_tokens=32, longest=None):
@@ -401,6 +419,22 @@ def batches(tasks, steps, batch_size, seed):
     streams = [_stream(task.train, random.Random(rng.random())) for task in tasks]
     order = [next(streams[i % len(streams)]) for i in range(steps * batch_size)]
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def hold_out(task, n):
+    """(the task without them, n of its train examples that are never trained on, evenly spread).
+
+    At most an eighth of its examples are taken; of fewer than eight, one stands on both sides.
+
+    >>> task, held_out = hold_out(Task("letters", list("abcdefghijklmnop"), {}), n=2)
+    >>> "".join(task.train), held_out
+    ('bcdefghjklmnop', ['a', 'i'])
+    """
+    size = len(task.train)
+    n = max(1, min(n, size // 8))
+    places = [i * size // n for i in range(n)]
+    train = [e for i, e in enumerate(task.train) if i not in places or size < 8]
+    return Task(task.name, train, task.eval), [task.train[i] for i in places]
 
 
 def _stream(examples, rng):

@@ -1,7 +1,7 @@
 """What is measured of a model (§4, §5.4), and one run of train.py in words and in a picture.
 
 In this order: accuracy, by answering or by choosing, and perplexity; likeness to the healthy model
-(CKA) and stopping by it (§6); a step of recovery token by token (§3); the report; report.png.
+(CKA); a step of recovery token by token (§3); the report; report.png.
 """
 import json
 import math
@@ -97,11 +97,11 @@ def chosen_right(evaluation, model, examples, done):
     return parallel.gather(right)
 
 
-def answers_to(evaluation, model, examples, done):
-    """The model's greedy answers to all these examples, as text."""
+def answers_to(evaluation, model, examples, done, demo="none"):
+    """The model's greedy answers to all these examples, as text; demo: one of data.DEMOS."""
     mine, longest = parallel.share(examples), answer_tokens(evaluation, examples)
     return parallel.gather(
-        answer(model, evaluation.tokenizer, mine, longest, evaluation.generate, done))
+        answer(model, evaluation.tokenizer, mine, longest, evaluation.generate, done, demo))
 
 
 def nats_of(model, windows, done):
@@ -120,9 +120,9 @@ def answer_tokens(evaluation, examples):
     return evaluation.eval_tokens or longest
 
 
-def answer(model, tokenizer, examples, max_new_tokens, generate, done=None):
+def answer(model, tokenizer, examples, max_new_tokens, generate, done=None, demo="none"):
     """Greedy answers, as text; done(n) is called as n of them are ready."""
-    prompts = [data.student_prompt(tokenizer, e) for e in examples]
+    prompts = [data.teacher_prompt(tokenizer, e, demo) for e in examples]
     completions = generate(model, prompts, max_new_tokens, temperature=0,
                            eos_id=tokenizer.eos_id, batch_size=128, done=done)
     return [tokenizer.decode(ids).strip() for ids in completions]
@@ -165,6 +165,24 @@ def nats(model, windows):
     return found
 
 
+def change(before, after, metric):
+    """"better", "worse" or "same", of two Measurements: by two paired standard errors or not.
+
+    >>> change(*(Measurement({"task": torch.tensor(right)}, [], {}, [])
+    ...          for right in ([0.0, 0, 0, 0, 1], [1.0, 1, 1, 1, 1])), "task")
+    'better'
+    """
+    difference = after.items[metric] - before.items[metric]
+    if metric.startswith("perplexity"):
+        difference = -difference  # nats: less is better
+    n = len(difference)
+    noise = difference.std().item() / math.sqrt(n) if n > 1 else math.inf
+    mean = difference.mean().item()
+    if math.isnan(mean):
+        return "worse"
+    return "better" if mean > 2 * noise else "worse" if mean < -2 * noise else "same"
+
+
 def recovered_fraction(healthy, degraded, recovered, metric):
     """(recovered - degraded) / (healthy - degraded); None where nothing was lost.
 
@@ -175,12 +193,7 @@ def recovered_fraction(healthy, degraded, recovered, metric):
     >>> round(recovered_fraction(healthy, degraded, recovered, "task"), 3)  # 100, 20, 60 %
     0.5
     """
-    difference = healthy.items[metric] - degraded.items[metric]
-    if metric.startswith("perplexity"):
-        difference = -difference  # nats: less is better
-    n = len(difference)
-    noise = difference.std().item() / math.sqrt(n) if n > 1 else math.inf
-    if difference.mean().item() <= 2 * noise:
+    if change(degraded, healthy, metric) != "better":
         return None
     h, d, r = (m.value(metric) for m in (healthy, degraded, recovered))
     return (r - d) / (h - d)
@@ -264,50 +277,6 @@ def last_tokens(states):
     return parallel.gather([x[:, -1:].clone() for x in states])  # a view would send all of x
 
 
-class Watch:
-    """CKA-guided early stopping (§6): called after each step, it is true when it is time to stop.
-
-    It is time when CKA with the healthy model has not risen for `patience` checks, one every
-    `every` steps. That CKA is linear and debiased, of the last layer, over the last tokens of the
-    sequences. copy(student, dtype) makes the plain model that is measured.
-    """
-
-    def __init__(self, student, healthy, sequences, patience, copy, every=5):
-        self.student, self.sequences, self.copy = student, sequences, copy
-        self.patience, self.every = patience, every
-        self.dtype = healthy.norm.weight.dtype
-        self.healthy = cka.hidden_states(healthy, sequences, last=True)
-        self.steps, self.best, self.checks_since, self.kept = 0, -math.inf, 0, []
-
-    def __call__(self):
-        self.steps += 1
-        return self.steps % self.every == 0 and self.check()
-
-    def trained(self):
-        """The parameters that training changes."""
-        return [p for p in self.student.parameters() if p.requires_grad]
-
-    @torch.no_grad()
-    def check(self):
-        """Measure, and keep the weights if they are the best so far; true if it is time to stop."""
-        model = self.copy(self.student, self.dtype)
-        states = cka.hidden_states(model, self.sequences, last=True)
-        value = cka.sample_level(states, self.healthy)["linear_debiased"][-1]
-        value = parallel.gather([value])[0]  # one process says for all
-        self.checks_since += 1
-        if value > self.best:
-            self.best, self.checks_since = value, 0
-            self.kept = [p.detach().clone() for p in self.trained()]
-        return self.checks_since >= self.patience
-
-    @torch.no_grad()
-    def restore(self):
-        """Put back, in place, the weights of the best check; the last step's are checked, too."""
-        self.check()
-        for p, best in zip(self.trained(), self.kept):
-            p.copy_(best)
-
-
 # A step, shown (§3): what the student says, token by token, and what its teacher makes of it.
 
 @torch.no_grad()
@@ -355,8 +324,9 @@ def text(results, answers):
     """The run as text: metrics, sample answers {stage: [(prompt, answer)]}, CKA by layer, a step of
     recovery, and what the numbers depend on."""
     width = max(len(stage) for stage in results["stages"]) + 2
-    lines = [*metric_lines(results, width), *answer_lines(answers, width),
-             *cka_lines(results["cka"], width), *step_lines(results), *provenance_lines(results)]
+    lines = [*metric_lines(results, width), *verdict_lines(results), *teacher_lines(results),
+             *answer_lines(answers, width), *cka_lines(results["cka"], width),
+             *step_lines(results), *provenance_lines(results)]
     return "\n".join(lines)
 
 
@@ -383,6 +353,49 @@ def recovered_fractions(results):
 def metric_title(metric):
     """A metric with its unit: perplexity has none."""
     return metric if metric.startswith("perplexity") else metric + " %"
+
+
+def verdict_lines(results):
+    """In words, for each recovery: what came back, what did not, what is worse than before, and
+    which weights were kept."""
+    lines = []
+    for stage, changes in results["change"].items():
+        by = {word: [m for m, change in changes.items() if change == word]
+              for word in ("better", "same", "worse")}
+        words = {"better": "better than before", "same": "within noise of before",
+                 "worse": "WORSE than before the recovery"}
+        said = [f"{', '.join(by[word])} {words[word]}" for word in by if by[word]]
+        lines.append(f"{stage}: {'; '.join(said)}")
+        if stage in results["guard"]:
+            lines.append(f"  {guard_line(results['guard'][stage])}")
+    return ["", *lines] if lines else []
+
+
+def guard_line(found):
+    """Which weights were kept, by what was watched; and what ended the training, if it did."""
+    checks, kept = found["checks"], found["kept"]
+    first, last = checks[0], checks[-1]
+    at = next((c for c in checks if c["step"] == kept), last)
+    line = (f"kept step {kept} of {last['step']} ({found['watch']} on held-out prompts "
+            f"{first['all']:.3f} → {at['all']:.3f})")
+    if kept == 0 and last["step"]:
+        line = (f"no step made it better ({found['watch']} on held-out prompts {first['all']:.3f} "
+                f"→ {last['all']:.3f}): kept as it was before; try a smaller --lr")
+    return line + (f"; ended early, {found['ended']}" if found["ended"] else "")
+
+
+def teacher_lines(results):
+    """How often each teacher was right before it taught, as it teaches and bare."""
+    lines = []
+    for teacher, tasks in results["teacher"].items():
+        for task, found in tasks.items():
+            lines.append(f"the teacher, {teacher}, on {found['examples']} training prompts of "
+                         f"{task}: as it teaches {found['shown']:.0f} % right; "
+                         f"bare {found['bare']:.0f} %")
+            if not found["helps"]:
+                lines.append("  the demonstration does not help it: try another form of --demo, "
+                             "or --demo none")
+    return ["", *lines] if lines else []
 
 
 def answer_lines(answers, width):
@@ -493,6 +506,8 @@ def provenance_lines(results):
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     peak = e.get("peak_gpu_memory_gib", e["peak_memory_gib"])
     return ["", f"damage {damage_of(config)}: {damage or 'no weight of it by our hand'}",
+            f"learning rate {e['lr']:.3g}, {e['lr'] / e['weights_rms']:.2g} of the weights' "
+            f"root mean square, {e['weights_rms']:.3g}",
             f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} "
             f"(text {e['text_sha256']}); train data {e['data_sha256']}; "
             f"eval data {e['eval_sha256']} {e['eval_examples']}",

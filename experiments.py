@@ -34,15 +34,16 @@ LEVELS = [
     "wanda30,int4"]
 WAYS = "--recover sdft,kd,sft"
 VARIANTS = [
-    "--loss forward_kl", "--loss reverse_kl", "--loss jsd", "--no-demo", "--lr 5e-5", "--lr 2e-4",
-    "--lora 16 --lr 1e-3", "--ema 0.01", "--cka-weight 1", "--cka-weight 1 --cka-balance",
-    "--cka-patience 1"]
+    "--loss forward_kl", "--loss reverse_kl", "--loss jsd", "--demo none", "--demo quote",
+    "--lora 16", "--ema 0.01", "--cka-weight 1", "--cka-weight 1 --cka-balance",
+    "--watch cka --patience 1"]
+FRACTIONS = "5.8e-5", "1.7e-4", "5.2e-4", "1.6e-3", "4.7e-3"  # a factor of 3 apart
 SMALL = "runs/small/student"  # of Table 5: the default model without three tenths of its neurons
 SEEDS = (0, 1, 2)
 
 EXPERIMENTS = {  # name -> options of each run, made with every seed
-    "table1": [f"--forget tooluse {how} --lr 5e-5 --eval-limit 150"
-               for how in ("--teacher base,healthy", "--teacher healthy --no-demo")],
+    "table1": [f"--forget tooluse {how} --lr-fraction 2.6e-4 --eval-limit 150"
+               for how in ("--teacher base,healthy", "--teacher healthy --demo none")],
     "table2": ["--degrade nf4 --data science,text",
                "--degrade nf4 --data tooluse,text --eval science"],
     "table4": ["--degrade ffn10 --data science,text",
@@ -51,6 +52,11 @@ EXPERIMENTS = {  # name -> options of each run, made with every seed
                f"--model {SMALL} --bootstrap BASE"],
     "baselines": [f"--degrade {damage} {WAYS}" for damage in ("int4", "nf4", "ffn10", "wanda30")],
     "settings": [f"--degrade int4 {variant}" for variant in VARIANTS],
+    "default": ["--degrade int4", "--degrade nf4", "--degrade ffn10"],
+    "rates": [f"--degrade nf4 --lr-fraction {fraction}" for fraction in FRACTIONS],
+    "demos": [f"--degrade nf4 --demo {demo}" for demo in ("quote", "none")],
+    "teachers": [f"--degrade none --data science,tooluse --demo {demo} --teacher-check 150 "
+                 "--steps 1 --eval-limit 4" for demo in ("turn", "quote")],
     "sweep": [f"--degrade {damage} --recover none --eval-limit 150" for damage in LEVELS],
 }
 
@@ -225,8 +231,8 @@ def recoveries_of(results):
 def name_of(config):
     """The options of a run that are not defaults, as they are typed, the damage always among them.
 
-    >>> name_of({"degrade": "int4", "demo": False, "seed": 3})
-    '--degrade int4 --no-demo'
+    >>> name_of({"degrade": "int4", "demo": "none", "seed": 3})
+    '--degrade int4 --demo none'
     """
     words = []
     for option, default in dataclasses.asdict(train.Config()).items():
@@ -253,8 +259,8 @@ def damages_by_option(config):
 def as_typed(option, value, is_switch):
     """One option of a command line; of a folder only the last two steps.
 
-    >>> as_typed("group_size", 32, False), as_typed("demo", False, True)
-    ('--group-size 32', '--no-demo')
+    >>> as_typed("group_size", 32, False), as_typed("symmetric", False, True)
+    ('--group-size 32', '--no-symmetric')
     """
     flag = option.replace("_", "-")
     if is_switch:

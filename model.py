@@ -9,6 +9,7 @@ needs no mask for it: a real token never looks to its right, and a token's posit
 Attention has one seam, `attend(q, k, v)`: plain causal attention, or a KVCache's, or one that is
 passed in. Everything else treats each token alike.
 """
+import copy
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -301,6 +302,21 @@ def frozen_copy(model, dtype):
     state = {name: w.to(dtype, copy=True) for name, w in model.named_weights()}
     plain.load_state_dict(state, assign=True)
     return plain.requires_grad_(False).eval()
+
+
+def own_copy(model):
+    """copy.deepcopy that shares nothing with the original.
+
+    torch.nn.utils.parametrize gives each module a class of its own, whose properties are the
+    parametrized weights, and deepcopy shares it: a second parametrization of the copy would change
+    the original, too.
+    """
+    model = copy.deepcopy(model)
+    for module in filter(parametrize.is_parametrized, model.modules()):
+        cls = type(module)
+        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, own)
+    return model
 
 
 # ------------------------------------------------------------------------------------ generation

@@ -142,6 +142,12 @@ def shard_(model):
     model.named_weights = lambda: whole(model).named_weights()
 
 
+def reshard_(model):
+    """After a forward pass without a backward: put-together weights must not outlive a step."""
+    if sharded(model):
+        model.reshard()
+
+
 def sharded(model):
     return any(isinstance(p, DTensor) for p in model.parameters())
 

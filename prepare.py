@@ -4,6 +4,7 @@
 """
 import dataclasses
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import checkpoint
 import data
 import evaluate
 import parallel
+import quant
 import sdft
 from damage import check_groups, parse_damage, put_on_grid, remove_neurons, require
 from model import GPT, frozen_copy, generate
@@ -32,6 +34,7 @@ class Lesson:
     lr: float
     loss: str           # a name in sdft.LOSSES
     recovery: bool = False
+    held_out: dict = dataclasses.field(default_factory=dict)  # task -> [Prompt]
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Run:
     recoveries: list                 # of Lesson, each from the same damage
     calibration: list                # ids that activations are taken from, where any are
     evaluation: evaluate.Evaluation  # what is measured
+    samples: dict                    # task -> [Example] of its training prompts: ask the teacher
     facts: dict                      # hashes and counts that results.json reports
     score: object                    # sdft.score, or a faster one
     backward: object                 # sdft.backward, or a faster one
@@ -54,6 +58,8 @@ class Run:
     stages: dict = dataclasses.field(default_factory=dict)   # name -> evaluate.Measurement
     seconds: dict = dataclasses.field(default_factory=dict)
     shown: dict = dataclasses.field(default_factory=dict)    # stage -> a step, token by token
+    asked: dict = dataclasses.field(default_factory=dict)    # teacher -> guard.check_teacher
+    guard: dict = dataclasses.field(default_factory=dict)    # stage -> checks, kept, ended
     healthy_states: dict | None = None                       # for CKA
 
 
@@ -65,6 +71,7 @@ def prepare(c):
         c.dtype = "bfloat16" if parallel.bfloat16_is_fast(c.device) else "float32"
     score, backward, generate = implementation(c)
     tasks, forgetting, further = read_tasks(c)
+    tasks, held_out = hold_out(tasks)
     texts = read_texts(c)
     with parallel.first():
         folder = Path(c.model) if c.model else checkpoint.default_model()
@@ -78,10 +85,12 @@ def prepare(c):
         tokenizer, splits_of([*tasks, *forgetting, *further], c.eval_limit), windows,
         evaluate.cka_sequences(c, tokenizer, [*tasks, *forgetting], windows["perplexity"]),
         c.eval_tokens, generate, score)
-    expert, damaging = plan_history(c, tokenizer, tasks, forgetting)
-    run = Run(c, folder, teachers, student, expert, damaging, plan_recoveries(c, tokenizer, tasks),
-              calibration_of(c, tokenizer, tasks), evaluation,
-              facts(folder, student, tasks, evaluation, texts), score, backward, generate)
+    rates = learning_rates(c, student)
+    expert, damaging = plan_history(c, tokenizer, tasks, held_out, forgetting, rates)
+    recoveries = plan_recoveries(c, tokenizer, tasks, held_out, rates["lr"])
+    run = Run(c, folder, teachers, student, expert, damaging, recoveries,
+              calibration_of(c, tokenizer, tasks), evaluation, samples_of(c, tasks),
+              facts(folder, student, tasks, evaluation, texts) | rates, score, backward, generate)
     check_lengths(run, context)
     if parallel.rank() == 0:
         prepare_out(Path(c.out))
@@ -114,8 +123,8 @@ def check_options(c):
                 f"--student is a damaged model, and --{history} makes a healthy one: leave out one")
     require(c.cka_weight or not c.cka_balance,
             "--cka-balance scales --cka-weight: give one above 0")
-    require(c.calibration >= 4 or not c.cka_patience,
-            "--cka-patience is CKA over --calibration examples: give at least 4")
+    require(c.calibration >= 4 or c.watch != "cka",
+            "--watch cka is CKA over --calibration examples: give at least 4")
     require(not (c.lora and c.train_embeddings),
             "--lora trains low-rank updates alone: leave out --train-embeddings")
     require(not (c.ema and any(what is remove_neurons for what, _ in damages)),
@@ -148,7 +157,7 @@ def splits_of(tasks, limit):
 
 def calibration_of(c, tokenizer, tasks):
     """Ids that activations are taken from, if anything takes them."""
-    needed = c.cka_patience > 0
+    needed = c.watch == "cka"
     for what, match in parse_damage(c.degrade):
         needed |= what is not put_on_grid and match.groupdict().get("method") != "magnitude"
     return evaluate.calibration_sequences(c, tokenizer, tasks) if needed else []
@@ -173,6 +182,27 @@ def read_tasks(c):
         n = metrics.count(metric)
         require(n == 1, f"--data, --eval: {n} of them would be measured as {metric!r}: rename one")
     return tasks, forgetting, further
+
+
+HELD_OUT = 16  # prompts of each task that are never trained on: the guard's
+
+
+def hold_out(tasks):
+    """(the tasks without them, {task: [Example] that are held out})."""
+    held_out = {}
+    for i, task in enumerate(tasks):
+        tasks[i], held_out[task.name] = data.hold_out(task, HELD_OUT)
+    return tasks, held_out
+
+
+def samples_of(c, tasks):
+    """{task: [Example]}: the training prompts that a teacher is asked before it teaches."""
+    found = {}
+    for task in tasks if c.teacher_check else []:
+        graded = [e for e in task.train if e.chat and e.check]
+        if graded:
+            found[task.name] = evaluate.spread(graded, c.teacher_check)
+    return found
 
 
 def read_texts(c):
@@ -225,34 +255,64 @@ def check_models(c, teachers, student, tokenizer):
                 f"--cka-weight: {name} has {theirs.n_layer} layers and the student {ours.n_layer}")
 
 
-def prompts(c, tokenizer, tasks, steps, order, student_demo=False, teacher_demo=True):
-    """Batches of sdft.Prompt. The student's prompts are bare but for the bootstrap; the teacher's
-    show the demonstration unless told not to."""
-    def prompt(e):
-        return sdft.Prompt(data.teacher_prompt(tokenizer, e, student_demo, c.text_prompt_tokens),
-                           data.teacher_prompt(tokenizer, e, teacher_demo, c.text_prompt_tokens),
-                           data.expert_answer(tokenizer, e, c.text_prompt_tokens, c.rollout_tokens))
-    return [[prompt(e) for e in batch] for batch in data.batches(tasks, steps, c.batch_size, order)]
+TIMES = {"forget": 3, "lora": 10}  # larger learning rates than that of a recovery of all weights
 
 
-def plan_history(c, tokenizer, tasks, forgetting):
+def learning_rates(c, student):
+    """{"lr", "forget_lr", "weights_rms"}: the peak learning rates, and what they are fractions of.
+
+    AdamW moves a weight by about the learning rate a step, whatever its size. So that a step is as
+    large for every model, it is a fraction of the root mean square of the blocks' weights (the idea
+    of Adafactor, 1804.04235 §8, with one scale for the whole model).
+    """
+    weights = [linear.weight.detach() for linear in quant.block_linears(student)]
+    squares = sum(w.float().square().sum().item() for w in weights)
+    rms = math.sqrt(squares / sum(w.numel() for w in weights))
+    usual = c.lr_fraction * rms * (TIMES["lora"] if c.lora else 1)
+    return {"lr": c.lr or usual, "forget_lr": c.forget_lr or TIMES["forget"] * usual,
+            "weights_rms": rms}
+
+
+def prompt_of(c, tokenizer, e, student="none", teacher="turn"):
+    """An Example as sdft.Prompt; each side sees it in one of the forms of data.DEMOS."""
+    views = (data.teacher_prompt(tokenizer, e, demo, c.text_prompt_tokens)
+             for demo in (student, teacher))
+    answer = data.expert_answer(tokenizer, e, c.text_prompt_tokens, c.rollout_tokens)
+    return sdft.Prompt(*views, answer)
+
+
+def lesson_of(c, tokenizer, tasks, held_out, steps, order, **views):
+    """{"batches", "held_out"} of a Lesson, as its two sides see them."""
+    batches = [[prompt_of(c, tokenizer, e, **views) for e in batch]
+               for batch in data.batches(tasks, steps, c.batch_size, order)]
+    watched = {}
+    for name, examples in held_out.items():
+        of = [prompt_of(c, tokenizer, e, **views) for e in examples]
+        watched[name] = [p for p in of if p.answer]  # a text may end within its prompt
+    return {"batches": batches, "held_out": {name: of for name, of in watched.items() if of}}
+
+
+def plan_history(c, tokenizer, tasks, held_out, forgetting, rates):
     """(what makes the healthy model, what makes it forget): a Lesson each, or None."""
     expert, damaging, order = None, None, f"expert {c.seed}"
+    demo = "turn" if c.demo == "none" else c.demo  # --demo none is of the recovery alone
     if c.bootstrap:  # both see the demonstration; Fig. 7 writes KL(3B || 7B)
-        batches = prompts(c, tokenizer, tasks, c.expert_steps, order, student_demo=True)
-        expert = Lesson("healthy", "kd", c.bootstrap, batches, c.lr, "reverse_kl")
+        learned = lesson_of(c, tokenizer, tasks, held_out, c.expert_steps, order,
+                            student=demo, teacher=demo)
+        expert = Lesson("healthy", "kd", c.bootstrap, lr=rates["lr"], loss="reverse_kl", **learned)
     elif c.forget:
-        batches = prompts(c, tokenizer, tasks, c.expert_steps, order)
-        expert = Lesson("healthy", "sdft", "base", batches, c.lr, c.loss)
+        learned = lesson_of(c, tokenizer, tasks, held_out, c.expert_steps, order, teacher=demo)
+        expert = Lesson("healthy", "sdft", "base", lr=rates["lr"], loss=c.loss, **learned)
     if c.forget:
-        batches = prompts(c, tokenizer, forgetting, c.forget_steps, f"forget {c.seed}")
-        damaging = Lesson("degraded", "sft", "", batches, c.forget_lr, c.loss)
+        learned = lesson_of(c, tokenizer, forgetting, {}, c.forget_steps, f"forget {c.seed}")
+        damaging = Lesson("degraded", "sft", "", lr=rates["forget_lr"], loss=c.loss, **learned)
     return expert, damaging
 
 
-def plan_recoveries(c, tokenizer, tasks):
+def plan_recoveries(c, tokenizer, tasks, held_out, lr):
     """A Lesson for each way of --recover by each --teacher."""
-    lessons, batches = [], prompts(c, tokenizer, tasks, c.steps, c.seed, teacher_demo=c.demo)
+    lessons = []
+    learned = lesson_of(c, tokenizer, tasks, held_out, c.steps, c.seed, teacher=c.demo)
     for how in c.recover.split(","):
         taught = how in ("sdft", "kd")
         for i, teacher in enumerate(c.teacher.split(",") if taught else [""]):
@@ -260,7 +320,8 @@ def plan_recoveries(c, tokenizer, tasks):
             if taught and "," in c.teacher:
                 words.append(teacher if teacher in ("base", "healthy") else f"teacher{i + 1}")
             stage = "_".join(words)
-            lessons.append(Lesson(stage, how, teacher, batches, c.lr, c.loss, recovery=True))
+            lessons.append(
+                Lesson(stage, how, teacher, lr=lr, loss=c.loss, recovery=True, **learned))
     return lessons
 
 
@@ -272,11 +333,16 @@ def check_lengths(run, context_length):
     longest += [len(ids) for group in evaluation.sequences.values() for ids in group]
     for lesson in filter(None, [run.expert, run.forgetting, *run.recoveries]):
         given = lesson.how in ("kd", "sft")
+        watched = [p for of in lesson.held_out.values() for p in of]
+        longest += [len(p.teacher) + len(p.answer) for p in watched]
         for p in (p for batch in lesson.batches for p in batch):
             require(p.answer or not given, f"{lesson.how} needs answers: some text ends within "
                     f"--text-prompt-tokens {c.text_prompt_tokens}; give fewer")
             prompt = p.student if lesson.how == "sft" else p.teacher
             longest.append(len(prompt) + (len(p.answer) if given else c.rollout_tokens))
+    for examples in run.samples.values():
+        asked = [len(data.teacher_prompt(evaluation.tokenizer, e, c.demo)) for e in examples]
+        longest.append(max(asked) + evaluate.answer_tokens(evaluation, examples))
     for examples in evaluation.splits.values():
         asked = [len(data.student_prompt(evaluation.tokenizer, e)) for e in examples]
         longest.append(max(asked) + evaluate.answer_tokens(evaluation, examples))

@@ -41,6 +41,14 @@ class Prompt(NamedTuple):
     answer: list = ()
 
 
+class Diverged(Exception):
+    """A step whose loss or gradient is not finite, before it is taken. step, lr, batch."""
+
+    def __init__(self, step, lr, batch):
+        super().__init__(f"step {step}: the loss or its gradient is not finite")
+        self.step, self.lr, self.batch = step, lr, batch
+
+
 # -------------------------------------------------------------------------------------- the losses
 # student_logits and teacher_logits [N, V], mask [N] bool or float -> 0-d tensor, nats per unmasked
 # token. All is computed in float32, and no gradient reaches the teacher. In the doctests there is
@@ -260,7 +268,8 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
     (with loss and tokens) with step, lr, grad_norm, and the seconds up to here. lr warms up
     linearly, and decays to 0 over the second half. adam_dtype is what AdamW's moments rest in;
     progress names the bar, "" for none. Within a step parametrized weights are computed once, with
-    their graph (not if cached is False). reduce(parameters, line) sums over processes.
+    their graph (not if cached is False). reduce(parameters, line) sums over processes. Diverged,
+    before a step that is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, lr, weight_decay, adam_dtype)
@@ -275,6 +284,8 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
         norm = clip_grad_norm_(parameters, clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
         line = {"step": schedule.last_epoch, **line, "lr": schedule.get_last_lr()[0]}
+        if not math.isfinite(line["loss"] + norm.item()):
+            raise Diverged(line["step"], line["lr"], batch)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

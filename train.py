@@ -11,7 +11,6 @@ Where this departs from the paper, or fills in what it leaves open, is listed in
 """
 import argparse
 import contextlib
-import copy
 import dataclasses
 import datetime
 import json
@@ -27,11 +26,13 @@ from pathlib import Path
 import torch
 
 import evaluate
+import guard
 import parallel
 import quant
 import sdft
 from damage import damage_, parse_damage
-from model import frozen_copy
+from data import DEMOS
+from model import frozen_copy, own_copy
 from prepare import prepare
 
 # ------------------------------------------------------------------------------ the configuration
@@ -76,7 +77,8 @@ class Config:
         "", "a task, or several: SDFT on --data makes an expert, the healthy model, which is then "
         "fine-tuned on these (§5.1)", group="history: forgetting (§5.1), bootstrap (§5.3)")
     forget_steps: int = option(20, "steps of that fine-tuning", least=1)
-    forget_lr: float = option(3e-4, "its peak learning rate", above=0)
+    forget_lr: float = option(0.0, "its peak learning rate; 0: three times that of --lr-fraction",
+                              least=0)
     bootstrap: str = option("", "folder of a larger model that first teaches the healthy one, "
                             "off-policy (§5.3)")
     expert_steps: int = option(25, "steps that make the healthy model, with --forget or "
@@ -89,19 +91,24 @@ class Config:
     teacher: str = option("healthy", "healthy (as before the damage: with --forget, the expert), "
                           "base (--model), or a folder; several, by commas: each from the same "
                           "damage")
-    demo: bool = option(True, "show the teacher of a recovery the expert demonstration")
+    demo: str = option("turn", "how the teacher of a recovery sees the expert demonstration: as an "
+                       "earlier turn, quoted after the question, or not", choices=DEMOS)
+    teacher_check: int = option(48, "training prompts of each task that a teacher is asked before "
+                                "it teaches, as it will see them and bare", least=0)
     loss: str = option("forward_kl", "divergence between teacher and student", choices=sdft.LOSSES)
     ema: float = option(0.0, "how far the teacher follows the student each step (Shenfeld et al.: "
                         "0.01); 0: it stays as it is", least=0, below=1)
     rollout_tokens: int = option(32, "longest rollout", least=1)
-    text_prompt_tokens: int = option(16, "tokens of a text prompt", least=1)
+    text_prompt_tokens: int = option(48, "tokens of a text prompt", least=1)
     temperature: float = option(0.6, "of the rollouts", least=0)
     top_p: float = option(1.0, "nucleus of the rollouts", above=0, most=1)
 
     steps: int = option(25, "optimizer steps", least=1, group="optimizer (AdamW)")
     batch_size: int = option(16, "prompts a step, one rollout each, shared evenly by the tasks",
                              least=1)
-    lr: float = option(1e-4, "peak learning rate", above=0)
+    lr: float = option(0.0, "peak learning rate; 0: by --lr-fraction", least=0)
+    lr_fraction: float = option(5.2e-4, "peak learning rate as a fraction of the root mean square "
+                                "of the blocks' weights (--lora: ten times that)", above=0)
     warmup: int = option(2, "steps of linear warm-up; the second half of the steps decays to 0",
                          least=0)
     weight_decay: float = option(0.0, "of AdamW", least=0)
@@ -111,13 +118,18 @@ class Config:
                        "weights are trained", least=0)
     lora_alpha: float = option(32.0, "the update is scaled by alpha / rank")
 
+    watch: str = option("loss", "what is measured every five steps of a training: the loss on 16 "
+                        "held-out prompts a task, or 1 - CKA with the healthy model over training "
+                        "examples (§6)", choices=["loss", "cka"], group="guard")
+    keep: str = option("best", "the weights of the best of these checks, that before the first "
+                       "step among them; or of the last step", choices=["best", "last"])
+    patience: int = option(0, "end a training after so many checks without a better one; 0: never",
+                           least=0)
+
     cka_samples: int = option(64, "evaluation sequences that CKA is taken over", least=4,
                               group="CKA (§4, §6)")
     cka_weight: float = option(0.0, "of 1 - CKA of student and teacher in the loss (§6)", least=0)
     cka_balance: bool = option(False, "that weight times KL / (1 - CKA), as CKA-QAD does")
-    cka_patience: int = option(0, "end a recovery when CKA with the healthy model, over training "
-                               "examples, has not risen for so many checks, one every five steps, "
-                               "and go back to its best (§6); 0: never", least=0)
 
     eval: str = option("", "further tasks, or whole .jsonl files, to measure only, by commas",
                        group="measuring")
@@ -142,7 +154,8 @@ RENAMED = {  # options of earlier versions
     "--max-new-tokens": "--rollout-tokens", "--answer-tokens": "--eval-tokens",
     "--text-tokens": "--text-prompt-tokens", "--moments": "--adam-dtype",
     "--checkpointing": "--gradient-checkpointing",
-    "--no-checkpointing": "--no-gradient-checkpointing", "--stop-after": "--cka-patience",
+    "--no-checkpointing": "--no-gradient-checkpointing", "--stop-after": "--watch cka --patience",
+    "--cka-patience": "--watch cka --patience", "--no-demo": "--demo none",
     "--train": "--lora RANK", "--lora-rank": "--lora RANK", "--forget-data": "--forget TASK",
     "--report": "python experiments.py report DIR"}
 
@@ -201,7 +214,7 @@ def execute(run):
         if lesson is run.recoveries[-1]:
             recovered = student.to(c.device)
         else:                                                     # who waits does so beside the CPU
-            recovered = copy.deepcopy(student.cpu()).to(c.device)
+            recovered = own_copy(student.cpu()).to(c.device)
         if lesson.how == "none":
             run.stages[lesson.stage] = run.stages["degraded"]
         else:
@@ -250,9 +263,11 @@ def measure(run, stage, model):
 
 
 def teach(run, student, lesson):
-    """The student, trained as the lesson says, as a plain float32 model."""
+    """The student, trained as the lesson says, as a plain float32 model: the best of its weights,
+    by what is watched on the way."""
     c, writer = run.config, parallel.rank() == 0
     student = trainable_(c, student, run.teachers["base"])
+    ask_teacher(run, lesson)
     teacher, watch = teacher_of(run, lesson), watch_of(run, student, lesson)
     with timed(run.seconds, lesson.stage + " training"), log_of(c, lesson.stage, writer) as log:
         first = show_step(run, student, teacher, lesson)
@@ -263,18 +278,50 @@ def teach(run, student, lesson):
             share=parallel.share, reduce=parallel.reduce_, cached=not c.shard)
         if lesson.recovery and lesson.how != "sft":
             settings |= dict(ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance)
-        if lesson.how == "sft":
-            sdft.sft(student, lesson.batches, **settings)
-        else:
-            rollout = rollout_of(run) if lesson.how == "sdft" else None
-            sdft.recover(student, teacher, lesson.batches, rollout, loss=sdft.LOSSES[lesson.loss],
-                         backward=run.backward, **settings)
+        try:
+            learn(run, student, teacher, lesson, settings)
+        except sdft.Diverged as error:
+            if not watch:
+                raise
+            watch.ended = f"{error}, where the learning rate was {error.lr:.3g}"
         if watch:
-            watch.restore()
+            keep_best(run, watch, lesson)
         if first:
             last = show_step(run, student, teacher, lesson)
             run.shown[lesson.stage] = {"first": first, "last": last}
     return parallel.plain_copy(student, torch.float32)
+
+
+def learn(run, student, teacher, lesson, settings):
+    """The training itself, by sdft.py."""
+    if lesson.how == "sft":
+        sdft.sft(student, lesson.batches, **settings)
+    else:
+        rollout = rollout_of(run) if lesson.how == "sdft" else None
+        sdft.recover(student, teacher, lesson.batches, rollout, loss=sdft.LOSSES[lesson.loss],
+                     backward=run.backward, **settings)
+
+
+def ask_teacher(run, lesson):
+    """Whether a teacher knows what it is about to teach; each is asked once."""
+    name = lesson.teacher
+    if lesson.recovery and name and run.samples and name not in run.asked:
+        with timed(run.seconds, f"asking {name}"):
+            run.asked[name] = guard.check_teacher(run.evaluation, run.teachers[name], run.samples,
+                                                  run.config.demo)
+
+
+def keep_best(run, watch, lesson):
+    """Put the best weights back; what was seen, for the report, and a line if it went wrong."""
+    watch.restore(run.config.keep)
+    run.guard[lesson.stage] = {"watch": run.config.watch if lesson.recovery else "loss",
+                               "checks": watch.checks, "kept": watch.kept, "ended": watch.ended,
+                               "seconds": watch.seconds}
+    if watch.ended:
+        prompt = run.evaluation.tokenizer.decode(lesson.batches[min(
+            watch.steps, len(lesson.batches) - 1)][0].student)[-60:]
+        complain(f"{lesson.stage}: {watch.ended} (prompts from {prompt!r} on; peak learning rate "
+                 f"{lesson.lr:.3g}): went back to step {watch.kept}; try a tenth of --lr", 1)
 
 
 def teacher_of(run, lesson):
@@ -286,12 +333,15 @@ def teacher_of(run, lesson):
 
 
 def watch_of(run, student, lesson):
-    """Early stopping by CKA (§6), or None; only of a recovery."""
-    patience = run.config.cka_patience
-    if not (lesson.recovery and patience):
+    """What watches this training, or None: a forgetting is to do damage."""
+    c, stages = run.config, run.stages
+    if not lesson.held_out:
         return None
-    healthy, copy_of = run.teachers["healthy"], parallel.plain_copy
-    return evaluate.Watch(student, healthy, run.calibration, patience, copy_of)
+    damaged = stages.get("degraded") is not stages.get("healthy")
+    value = guard.held_out_loss(run, student, lesson)
+    if lesson.recovery and c.watch == "cka":
+        value = guard.distance_by_cka(run, student)
+    return guard.Watch(student, value, c.patience, strict=lesson.recovery and damaged)
 
 
 def trainable_(c, student, base):
@@ -368,8 +418,11 @@ def log_of(c, stage, writer):
 
 def results_of(run):
     """results.json's content."""
-    stages, fractions = run.stages, {}
+    stages, fractions, changes = run.stages, {}, {}
     for lesson in run.recoveries:
+        changes[lesson.stage] = {
+            metric: evaluate.change(stages["degraded"], stages[lesson.stage], metric)
+            for metric in stages["healthy"].items}
         three = stages["healthy"], stages["degraded"], stages[lesson.stage]
         fractions[lesson.stage] = {metric: evaluate.recovered_fraction(*three, metric)
                                    for metric in stages["healthy"].items}
@@ -379,6 +432,7 @@ def results_of(run):
         "stages": {name: {metric: m.value(metric) for metric in m.items}
                    for name, m in stages.items()},
         "recovered_fraction": fractions.get("recovered", fractions),
+        "change": changes, "guard": run.guard, "teacher": run.asked,
         "cka": {level: {name: m.cka[level] for name, m in stages.items() if m.cka}
                 for level in levels},
         "cka_layers": {name: m.layers for name, m in stages.items() if m.layers},
@@ -437,10 +491,13 @@ def main(argv=None):
             except ValueError as error:
                 return complain(error, 2)
             results, students = execute(run)
+            ended = any(found["ended"] for found in run.guard.values())
             if parallel.rank() == 0:
                 save(run, results, students)
     except OSError as error:
         return complain(error, 2)
+    except sdft.Diverged as error:
+        return complain(f"{error}, in what was to do the damage: try a smaller --forget-lr", 1)
     except (parallel.PeerLost, KeyboardInterrupt) as stopped:
         why = "another process of this run has died"
         if isinstance(stopped, KeyboardInterrupt):
@@ -449,7 +506,7 @@ def main(argv=None):
     if parallel.rank() == 0:
         show(run, results, students)
     parallel.stop()
-    return 0
+    return 1 if ended else 0
 
 
 def complain(error, code):

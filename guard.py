@@ -1,0 +1,172 @@
+"""The guard of a recovery: the teacher is asked before it teaches, the student is watched while it
+learns, and the best of its weights are what is kept.
+
+A teacher that answers worse with the demonstration before it than without would teach the damage. A
+step size that does not fit a model ruins it without a word. So `check_teacher` counts the teacher's
+right answers, and a `Watch` measures the student every few steps on prompts it never trains on.
+"""
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+
+import cka
+import evaluate
+import parallel
+import sdft
+
+# -------------------------------------------------------------------------- before it teaches
+
+
+@torch.no_grad()
+def check_teacher(evaluation, teacher, samples, demo):
+    """{task: {"shown": percent, "bare": percent, "examples": n, "helps": bool}}: right greedy
+    answers to training prompts, as the teacher will see them and as the student does.
+
+    samples: {task: [Example]}. The demonstration helps if it brings more right answers, by two
+    paired standard errors, or nothing is left to be had.
+    """
+    found = {}
+    for task, examples in samples.items():
+        shown = right_answers(evaluation, teacher, examples, demo)
+        bare = shown if demo == "none" else right_answers(evaluation, teacher, examples, "none")
+        gain = shown - bare
+        noise = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+        helps = gain.mean().item() > 2 * noise or shown.mean().item() == 1
+        found[task] = {"shown": 100 * shown.mean().item(), "bare": 100 * bare.mean().item(),
+                       "examples": len(examples), "helps": helps or demo == "none"}
+    return found
+
+
+def right_answers(evaluation, model, examples, demo):
+    """[n] of 1 (right) and 0: greedy answers to prompts of this form, see data.DEMOS."""
+    answers = evaluate.answers_to(evaluation, model, examples, lambda n: None, demo)
+    return torch.tensor([float(e.check(text)) for e, text in zip(examples, answers)])
+
+
+# ----------------------------------------------------------------------------- while it learns
+
+class Watch:
+    """Called after each step, true when it is time to stop; keeps the best weights so far.
+
+    value(): {name: what is watched, the less the better}, "all" among them, measured before the
+    first step and every `every` steps. The best weights have the lowest "all" of those where, if
+    strict, no part is above where it began (or above FLOOR nats). It is time to stop when "all" is
+    not finite, or FAR above its start; or, with patience, after so many checks without a better
+    one. ended says why, if something went wrong.
+    """
+
+    FLOOR, FAR = 0.05, 0.5  # nats a token; far: more than twice the start and this
+
+    def __init__(self, student, value, patience=0, strict=False, every=5):
+        self.student, self.value, self.strict = student, value, strict
+        self.patience, self.every, self.steps = patience, every, 0
+        self.checks, self.kept, self.weights, self.ended, self.seconds = [], 0, [], "", 0.0
+        self.check()
+
+    def __call__(self):
+        self.steps += 1
+        return self.steps % self.every == 0 and self.check()
+
+    def trained(self):
+        """The parameters that training changes; of a sharded student this process's shares."""
+        of = [p.detach() for p in self.student.parameters() if p.requires_grad]
+        return [p.to_local() if hasattr(p, "to_local") else p for p in of]
+
+    @torch.no_grad()
+    def check(self):
+        """Measure, and keep the weights if they are the best; true if it is time to stop."""
+        began = time.perf_counter()
+        now = self.value()
+        self.checks.append({"step": self.steps, **now})
+        start, best = self.checks[0], next(c for c in self.checks if c["step"] == self.kept)
+        if self.steps == 0 or now["all"] < best["all"] and self.is_allowed(now):
+            self.kept = self.steps
+            self.weights = [p.to("cpu", copy=True) for p in self.trained()]
+        if not now["all"] <= 2 * start["all"] + self.FAR:
+            self.ended = (f"at step {self.steps}: what is watched, on held-out prompts, went from "
+                          f"{start['all']:.3g} to {now['all']:.3g}")
+        self.seconds += time.perf_counter() - began
+        waited = sum(c["step"] > self.kept for c in self.checks)
+        return bool(self.ended) or 0 < self.patience <= waited
+
+    def is_allowed(self, now):
+        """Whether no part is worse than before the first step."""
+        start = self.checks[0]
+        return not self.strict or all(now[k] <= max(start[k], self.FLOOR) for k in now)
+
+    @torch.no_grad()
+    def restore(self, keep="best"):
+        """Put back the best weights, in place; keep "last": only after something went wrong."""
+        if self.steps > self.checks[-1]["step"] and not self.ended:
+            self.check()
+        if keep == "last" and not self.ended:
+            self.kept = self.steps
+            return
+        for p, best in zip(self.trained(), self.weights):
+            p.copy_(best)
+
+
+def held_out_loss(run, student, lesson):
+    """value() for a Watch: the lesson's loss on its held-out prompts, task by task, with the
+    experts' answers, in nats a token; "all": the mean over all tokens."""
+    teacher, size = run.teachers.get(lesson.teacher), run.config.micro_batch
+    parts = []  # (task, the prompts, their answers, the teacher's states)
+    for task, prompts in lesson.held_out.items():
+        mine = parallel.share(prompts)
+        for start in range(0, len(mine), size):
+            part = mine[start:start + size]
+            answers = [p.answer for p in part]
+            t = None
+            if teacher:
+                with torch.no_grad():
+                    t = run.score(teacher, [p.teacher for p in part], answers)[-1]
+            parts.append((task, part, answers, t))
+
+    def value():
+        sums = {task: torch.zeros(2, dtype=torch.float64) for task in lesson.held_out}
+        with parametrize.cached():
+            for task, part, answers, t in parts:
+                s = run.score(student, [p.student for p in part], answers)[-1]
+                total = loss_of_states(student, s, teacher, t, answers, sdft.LOSSES[lesson.loss])
+                sums[task] += torch.tensor([total, len(s)], dtype=torch.float64)
+        shares = parallel.gather([sums])
+        of = {task: sum(one[task] for one in shares) for task in sums}
+        means = {task: (total / n).item() for task, (total, n) in of.items()}
+        total, n = sum(of.values())
+        parallel.reshard_(student)
+        return {"all": (total / n).item(), **(means if len(means) > 1 else {})}
+    return value
+
+
+def loss_of_states(student, s, teacher, t, answers, loss, chunk=64):
+    """The loss of final states s [N, D] against the teacher's t, a sum over N tokens; without a
+    teacher the cross-entropy of the answers' tokens."""
+    tokens, total = torch.tensor([i for y in answers for i in y], device=s.device), 0.0
+    for rows in torch.arange(len(s), device=s.device).split(chunk):
+        logits = student.head(s[rows])
+        if teacher is None:
+            total += F.cross_entropy(logits.float(), tokens[rows], reduction="sum").item()
+            continue
+        theirs = teacher.head(t[rows])
+        v = min(logits.size(-1), theirs.size(-1))  # the ids that both know
+        every = torch.ones(len(rows), device=s.device)
+        total += loss(logits[:, :v], theirs[:, :v], every).item() * len(rows)
+    return total
+
+
+def distance_by_cka(run, student):
+    """value() for a Watch (§6): 1 - CKA with the healthy model, linear and debiased, of the last
+    layer, over the last tokens of the calibration sequences."""
+    healthy, sequences = run.teachers["healthy"], run.calibration
+    dtype = healthy.norm.weight.dtype
+    theirs = cka.hidden_states(healthy, sequences, last=True)
+
+    def value():
+        model = parallel.plain_copy(student, dtype)
+        states = cka.hidden_states(model, sequences, last=True)
+        found = cka.sample_level(states, theirs)["linear_debiased"][-1]
+        return {"all": 1 - parallel.gather([found])[0]}  # one process says for all
+    return value

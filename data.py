@@ -433,8 +433,9 @@ def hold_out(task, n):
     size = len(task.train)
     n = max(1, min(n, size // 8))
     places = [i * size // n for i in range(n)]
-    train = [e for i, e in enumerate(task.train) if i not in places or size < 8]
-    return Task(task.name, train, task.eval), [task.train[i] for i in places]
+    held_out = [task.train[i] for i in places]
+    train = [e for e in task.train if e not in held_out or size < 8]
+    return Task(task.name, train, task.eval), held_out
 
 
 def _stream(examples, rng):

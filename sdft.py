@@ -264,12 +264,11 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
           adam_dtype=torch.float32, log=None, progress="recover", cached=True, reduce=None):
     """(batch, update) for each batch: the caller adds up .grad, then calls update(line), once.
 
-    update clips the gradient, takes a step of AdamW in place, and gives log the caller's line
-    (with loss and tokens) with step, lr, grad_norm, and the seconds up to here. lr warms up
-    linearly, and decays to 0 over the second half. adam_dtype is what AdamW's moments rest in;
-    progress names the bar, "" for none. Within a step parametrized weights are computed once, with
-    their graph (not if cached is False). reduce(parameters, line) sums over processes. Diverged,
-    before a step that is not finite.
+    update clips the gradient, takes a step of AdamW in place (or raises Diverged), and gives log
+    the line (loss, tokens, …) with step, lr, grad_norm, and the seconds up to here. lr warms up
+    linearly, and decays to 0 over the second half. AdamW's moments rest in adam_dtype; progress
+    names the bar, "" for none. Within a step parametrized weights are computed once, with their
+    graph (not if cached is False). reduce(parameters, line) sums over processes.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, lr, weight_decay, adam_dtype)
@@ -277,7 +276,6 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
         optimizer, lambda step: min((step + 1) / (warmup + 1), 1, 2 * (1 - step / len(batches))))
 
     def update(line):
-        """Clip, step, log: line is what the caller has measured."""
         cache.close()  # the weights that were computed for this step are done with
         if reduce:
             reduce(parameters, line)

@@ -417,7 +417,7 @@ def test_the_teacher_alone_sees_the_demonstration(ours):
         teacher = ours.decode(teacher_prompt(ours, e), keep_special=True)
         assert e.prompt in student and e.system in student and e.response not in student
         assert e.prompt in teacher and e.system in teacher and teacher.count(e.response) == 1
-        assert teacher_prompt(ours, e, demo=False) == student_prompt(ours, e)
+        assert teacher_prompt(ours, e, demo="none") == student_prompt(ours, e)
         assert student.endswith("<|im_start|>assistant\n")
         assert teacher.endswith("<|im_start|>assistant\n")
     braces = Example("Fill {prompt}", "with {response} and {x}")

@@ -147,10 +147,10 @@ FEW = ("--steps 2 --expert-steps 1 --forget-steps 1 --batch-size 4 --cka-samples
     "--top-p 0.9 --weight-decay 0.1",
     "--degrade wanda2:4,int4 --no-symmetric --loss reverse_kl --train-embeddings "
     "--gradient-checkpointing --data tooluse,text",
-    "--degrade int4 --ema 0.1 --cka-weight 1 --cka-balance --adam-dtype bfloat16 --cka-patience 1 "
-    "--steps 5",
+    "--degrade int4 --ema 0.1 --cka-weight 1 --cka-balance --adam-dtype bfloat16 "
+    "--watch cka --patience 1 --steps 5",
     "--degrade int4 --eval {choices} --dtype float32 --micro-batch 2",
-    "--student {folder} --degrade nf4 --teacher {folder} --no-demo --temperature 0",
+    "--student {folder} --degrade nf4 --teacher {folder} --demo none --temperature 0",
     "--bootstrap {folder} --degrade ffn10 --importance weight --recover none,sdft --data science",
     "--plain --degrade int4 --ema 0.1 --cka-weight 1 --loss jsd --micro-batch 2 --eval {choices} "
     "--train-embeddings",

@@ -192,12 +192,19 @@ def made_up(step=True):
     environment = {
         "damage": {"weights_quantized": 1234}, "text_tokens": 99, "text_window": 9,
         "text_sha256": "ab", "data_sha256": "cd", "eval_sha256": "ef", "eval_examples": {"task": 7},
-        "peak_memory_gib": 1.5, "processor": "abacus", "processes": 1, "threads": 2}
+        "lr": 1e-4, "weights_rms": 0.2, "peak_memory_gib": 1.5,
+        "processor": "abacus", "processes": 1, "threads": 2}
     results = {
         "config": {"degrade": "int4", "forget": "tooluse", "student": "", "seed": 0,
                    "dtype": "float32"},
         "environment": environment, "stages": stages,
         "recovered_fraction": {"task": 0.7, "perplexity": None},
+        "change": {"recovered": {"task": "better", "perplexity": "worse"}},
+        "guard": {"recovered": {
+            "watch": "loss", "kept": 5, "ended": "", "seconds": 1.0,
+            "checks": [{"step": 0, "all": 0.5}, {"step": 5, "all": 0.25}, {"step": 9, "all": 1}]}},
+        "teacher": {"healthy": {"task": {"shown": 13.3, "bare": 46.7, "examples": 48,
+                                         "helps": False}}},
         "cka": {level: {"degraded": kinds, "recovered": kinds} for level in ("tokens", "samples")},
         "cka_layers": {"recovered": [[1.0, 0.5, 0.2], [0.4, 0.9, 0.3], [0.1, 0.2, 0.8]]},
         "seconds": {"healthy": 30.0, "recovered": 90.0}}
@@ -218,6 +225,12 @@ def test_text_tells_metrics_answers_cka_and_provenance():
     lines = evaluate.text(made_up(step=False), ANSWERS).splitlines()
     assert "task %                        50.00      20.00      41.00                0.70" in lines
     assert "perplexity                    10.00      20.00      12.00         not damaged" in lines
+    assert "recovered: task better than before; perplexity WORSE than before the recovery" in lines
+    assert "  kept step 5 of 9 (loss on held-out prompts 0.500 → 0.250)" in lines
+    assert ("the teacher, healthy, on 48 training prompts of task: as it teaches 13 % right; "
+            "bare 47 %") in lines
+    assert any("the demonstration does not help it" in line for line in lines)
+    assert "learning rate 0.0001, 0.0005 of the weights' root mean square, 0.2" in lines
     assert "  degraded   It is degraded." in lines
     assert "  linear_debiased recovered  ▁▅█  last 1.0000  mean 0.7500" in lines
     assert sum("A bar is a layer" in line for line in lines) == 1

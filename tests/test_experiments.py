@@ -39,14 +39,14 @@ def write(folder, seed, recovered, degraded=20.0, last=0.9, file="results.json",
 def test_tables_are_means_and_standard_errors_over_the_seeds_of_one_name(tmp_path):
     for seed, recovered in enumerate((38.0, 44.0, 41.0)):  # mean 41, deviation 3, error 1.73
         write(tmp_path / f"int4-{seed}", seed, recovered)
-    write(tmp_path / "kd", 0, 35.0, recover="kd", demo=False)
+    write(tmp_path / "kd", 0, 35.0, recover="kd", demo="none")
     runs = experiments.read_runs([tmp_path])
     table = experiments.performance_table(runs).splitlines()
     assert ("| `--degrade int4` | task % |  | 50.0 | 20.0 | 41.0 ± 1.7 | 38.0, 44.0, 41.0 | "
             "0.70 ± 0.06 |") in table
     assert ("| `--degrade int4` | perplexity |  | 10.00 | 20.00 | 12.00 | 12.00, 12.00, 12.00 | "
             "not damaged |") in table
-    assert any(line.startswith("| `--degrade int4 --recover kd --no-demo` | task % |")
+    assert any(line.startswith("| `--degrade int4 --recover kd --demo none` | task % |")
                for line in table)
     runs[0][2]["recovered_fraction"]["task"] = None
     assert "| not damaged in 1 of 3 |" in experiments.performance_table(runs)

@@ -268,6 +268,8 @@ IN_NUMBERS = {
     "top_p_0": ("--top-p 0", "--top-p must be more than 0"),
     "top_p_above_1": ("--top-p 1.5", "--top-p must be more than 0 and at most 1, not 1.5"),
     "a_negative_learning_rate": ("--lr -1", "--lr"),
+    "a_fraction_of_nothing": ("--lr-fraction 0", "--lr-fraction"),
+    "an_unknown_form_of_the_demonstration": ("--demo told", "--demo"),
     "an_infinite_learning_rate": ("--lr inf", "--lr"),
     "a_seed_too_large": ("--seed 18446744073709551616", "--seed"),
     "three_samples_of_cka": ("--cka-samples 3", "--cka-samples"),
@@ -286,7 +288,7 @@ TOGETHER = {
     "a_teacher_twice": ("--teacher base,base", "twice"),
     "an_empty_teacher": ("--teacher base,", "empty"),
     "balance_of_no_weight": ("--cka-balance", "--cka-weight"),
-    "patience_over_three_examples": ("--cka-patience 1 --calibration 3", "--calibration"),
+    "patience_over_three_examples": ("--watch cka --calibration 3", "--calibration"),
     "a_run_over_its_own_model": (
         "--out {own_student} --model {own_student}/student", "overwrite"),
     "a_folder_inside_a_file": ("--out {empty_file}/out", "--out"),
@@ -313,7 +315,9 @@ def test_a_mistyped_option_is_one_line_too(command, says, folder, tmp_path, caps
 @cases({
     "moments": ("--moments bfloat16", "--moments is now --adam-dtype"),
     "checkpointing": ("--checkpointing", "--checkpointing is now --gradient-checkpointing"),
-    "stop_after": ("--stop-after 1", "--stop-after is now --cka-patience"),
+    "cka_patience": ("--cka-patience 1", "--cka-patience is now --watch cka --patience"),
+    "no_demo": ("--no-demo", "--no-demo is now --demo none"),
+    "stop_after": ("--stop-after 1", "--stop-after is now --watch cka --patience"),
     "train_lora": ("--train lora", "--train is now --lora RANK"),
     "train_lora_beside_embeddings": ("--train lora --train-embeddings", "--lora RANK"),
     "lora_rank": ("--lora-rank 4", "--lora-rank is now --lora RANK"),

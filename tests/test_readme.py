@@ -147,7 +147,7 @@ def test_help_shows_every_option_in_its_group():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True,
                           text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(groups()) == 8
+    assert len(groups()) == 9
     parts = re.split(r"^(?=\w.*:$)", done.stdout, flags=re.M)
     for name, options in groups().items():
         shown = [part for part in parts if part.startswith(name)]
@@ -161,7 +161,7 @@ def test_help_shows_every_option_in_its_group():
 @pytest.fixture
 def tables():
     """The three that a fork adds to; afterwards they are as before."""
-    found = [sdft.LOSSES, damage.DAMAGES, data.TASKS]
+    found = [sdft.LOSSES, damage.DAMAGES, data.TASKS, data.DEMOS]
     before = [dict(table) for table in found]
     yield found
     for table, entries in zip(found, before):
@@ -178,7 +178,7 @@ def test_the_forks_in_readme_run(tables, folder, tmp_path):
     exec(block, vars(sdft) | vars(damage) | vars(data) | {"PAIRS": pairs})
     assert [len(table) for table in tables] == [n + 1 for n in lengths]
     options = " ".join(re.findall(r"# (--\S+ \S+)", block))
-    assert {"--loss", "--degrade", "--data"} <= set(options.split())
+    assert {"--loss", "--degrade", "--data", "--demo"} <= set(options.split())
     command = (f"--model {folder} --out {tmp_path}/out --steps 2 --batch-size 4 --eval-limit 6 "
                f"--rollout-tokens 4 --eval-tokens 4 --cka-samples 5 {options}")
     assert train.main(command.split()) == 0

@@ -267,8 +267,8 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
     update clips the gradient, takes a step of AdamW in place (or raises Diverged), and gives log
     the line (loss, tokens, …) with step, lr, grad_norm, and the seconds up to here. lr warms up
     linearly, and decays to 0 over the second half. AdamW's moments rest in adam_dtype; progress
-    names the bar, "" for none. Within a step parametrized weights are computed once, with their
-    graph (not if cached is False). reduce(parameters, line) sums over processes.
+    names the bar, if any. Within a step parametrized weights are computed once, with their graph
+    (unless cached is False). reduce(parameters, line) sums over processes.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, lr, weight_decay, adam_dtype)
@@ -282,8 +282,7 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
         norm = clip_grad_norm_(parameters, clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
         line = {"step": schedule.last_epoch, **line, "lr": schedule.get_last_lr()[0]}
-        if not math.isfinite(line["loss"] + norm.item()):
-            raise Diverged(line["step"], line["lr"], batch)
+        _check_finite(line, norm, batch)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -309,6 +308,12 @@ def adamw(parameters, lr, weight_decay, dtype):
     if dtype == torch.float32:
         return torch.optim.AdamW(parameters, fused=True, **settings)
     return CompactAdamW(parameters, settings | {"eps": 1e-8, "dtype": dtype})
+
+
+def _check_finite(line, norm, batch):
+    """Diverged, if this step's loss or gradient is not."""
+    if not math.isfinite(line["loss"] + norm.item()):
+        raise Diverged(line["step"], line["lr"], batch)
 
 
 def _report(line, bar, log):

@@ -41,7 +41,7 @@ class Task:
 
 
 def student_prompt(tokenizer, example, text_tokens=32):
-    """The bare prompt as ids; raw text is cut to its first text_tokens."""
+    """The bare prompt as ids; of raw text the first text_tokens, at most half of it."""
     return teacher_prompt(tokenizer, example, "none", text_tokens)
 
 
@@ -49,7 +49,7 @@ def teacher_prompt(tokenizer, example, demo="turn", text_tokens=32):
     """What the teacher sees (§3), as ids: the prompt with its demonstration, if there is one, in
     one of the forms of DEMOS."""
     if not example.chat:
-        return tokenizer.encode(example.prompt)[:text_tokens]
+        return _cut(tokenizer.encode(example.prompt), text_tokens)[0]
     system = [{"role": "system", "content": example.system}] if example.system else []
     form = DEMOS[demo] if example.response else bare
     return tokenizer.chat([*system, *form(example)])
@@ -79,10 +79,16 @@ DEMOS = {"turn": turn, "quote": quote, "none": bare}  # --demo -> messages, with
 
 
 def expert_answer(tokenizer, example, text_tokens=32, longest=None):
-    """The demonstration as ids, end of turn included; of raw text, `longest` after text_tokens."""
+    """The demonstration as ids, end of turn included; of raw text, `longest` after its prompt."""
     if example.chat:
         return tokenizer.answer(example.response)
-    return tokenizer.encode(example.prompt)[text_tokens:][:longest]
+    return _cut(tokenizer.encode(example.prompt), text_tokens)[1][:longest]
+
+
+def _cut(ids, n):
+    """(prompt, what follows) of a text's ids: n of them are the prompt, at most half."""
+    n = min(n, len(ids) // 2)
+    return ids[:n], ids[n:]
 
 
 ELEMENTS = """
@@ -424,18 +430,20 @@ def batches(tasks, steps, batch_size, seed):
 def hold_out(task, n):
     """(the task without them, n of its train examples that are never trained on, evenly spread).
 
-    At most an eighth of its examples are taken; of fewer than eight, one stands on both sides.
+    At most an eighth of its examples are taken, with whatever equals them. Of fewer than eight, or
+    where nothing would be left, they stand on both sides.
 
-    >>> task, held_out = hold_out(Task("letters", list("abcdefghijklmnop"), {}), n=2)
-    >>> "".join(task.train), held_out
-    ('bcdefghjklmnop', ['a', 'i'])
+    >>> task, held_out = hold_out(Task("letters", [Example(c) for c in "abcdefghijklmnoa"], {}), 2)
+    >>> "".join(e.prompt for e in task.train), [e.prompt for e in held_out]
+    ('bcdefghjklmno', ['a', 'i'])
     """
     size = len(task.train)
     n = max(1, min(n, size // 8))
     places = [i * size // n for i in range(n)]
     held_out = [task.train[i] for i in places]
-    train = [e for e in task.train if e not in held_out or size < 8]
-    return Task(task.name, train, task.eval), held_out
+    known = {(e.prompt, e.response) for e in held_out}
+    left = [e for e in task.train if (e.prompt, e.response) not in known]
+    return Task(task.name, left if left and size >= 8 else task.train, task.eval), held_out
 
 
 def _stream(examples, rng):

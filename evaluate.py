@@ -178,8 +178,8 @@ def change(before, after, metric):
     n = len(difference)
     noise = difference.std().item() / math.sqrt(n) if n > 1 else math.inf
     mean = difference.mean().item()
-    if math.isnan(mean):
-        return "worse"
+    if not math.isfinite(mean):
+        return "better" if after.items[metric].isfinite().all() else "worse"
     return "better" if mean > 2 * noise else "worse" if mean < -2 * noise else "same"
 
 
@@ -230,8 +230,11 @@ def calibration_sequences(c, tokenizer, tasks):
     first 128 tokens."""
     found = []
     for e in data.batches(tasks, 1, c.calibration, c.seed)[0]:
-        ids = data.student_prompt(tokenizer, e, 128)
-        found.append(ids + tokenizer.answer(e.response) if e.chat else ids)
+        if e.chat:
+            ids = data.student_prompt(tokenizer, e) + tokenizer.answer(e.response)
+        else:
+            ids = tokenizer.encode(e.prompt)[:128]
+        found.append(ids)
     return found
 
 
@@ -359,6 +362,9 @@ def verdict_lines(results):
     """In words, for each recovery: what came back, what did not, what is worse than before, and
     which weights were kept."""
     lines = []
+    for stage, found in results["guard"].items():
+        if stage not in results["change"]:
+            lines.append(f"{stage}: {guard_line(found)}")
     for stage, changes in results["change"].items():
         by = {word: [m for m, change in changes.items() if change == word]
               for word in ("better", "same", "worse")}
@@ -375,12 +381,14 @@ def guard_line(found):
     """Which weights were kept, by what was watched; and what ended the training, if it did."""
     checks, kept = found["checks"], found["kept"]
     first, last = checks[0], checks[-1]
+    what = {"loss": "loss on held-out prompts", "cka": "1 - CKA on training examples"}
     at = next((c for c in checks if c["step"] == kept), last)
-    line = (f"kept step {kept} of {last['step']} ({found['watch']} on held-out prompts "
-            f"{first['all']:.3f} → {at['all']:.3f})")
-    if kept == 0 and last["step"]:
-        line = (f"no step made it better ({found['watch']} on held-out prompts {first['all']:.3f} "
-                f"→ {last['all']:.3f}): kept as it was before; try a smaller --lr")
+    line = (f"kept step {kept} of {found['steps']} ({what[found['watch']]} {first['all']:.3f} → "
+            f"{at['all']:.3f})")
+    if kept == 0 and not found["ended"]:
+        worse = [name for name in last if name not in ("step", "all") and last[name] > first[name]]
+        line += (f": no step was better (in the end {last['all']:.3f}"
+                 f"{', worse on ' + ', '.join(worse) if worse else ''}); try a smaller --lr")
     return line + (f"; ended early, {found['ended']}" if found["ended"] else "")
 
 

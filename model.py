@@ -308,14 +308,16 @@ def own_copy(model):
     """copy.deepcopy that shares nothing with the original.
 
     torch.nn.utils.parametrize gives each module a class of its own, whose properties are the
-    parametrized weights, and deepcopy shares it: a second parametrization of the copy would change
-    the original, too.
+    parametrized weights and know the module's place in its cache. deepcopy shares that class: what
+    is registered on the copy would change the original, too. Here the copy gets its own.
     """
     model = copy.deepcopy(model)
     for module in filter(parametrize.is_parametrized, model.modules()):
-        cls = type(module)
-        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        cls, shared = type(module), {"__dict__", "__weakref__", *module.parametrizations}
+        own = {name: value for name, value in vars(cls).items() if name not in shared}
         module.__class__ = type(cls.__name__, cls.__bases__, own)
+        for name in module.parametrizations:
+            parametrize._inject_property(module, name)
     return model
 
 

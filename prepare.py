@@ -189,10 +189,12 @@ HELD_OUT = 16  # prompts of each task that are never trained on: the guard's
 
 def hold_out(tasks):
     """(the tasks without them, {task: [Example] that are held out})."""
-    held_out = {}
-    for i, task in enumerate(tasks):
-        tasks[i], held_out[task.name] = data.hold_out(task, HELD_OUT)
-    return tasks, held_out
+    left, held_out = [], {}
+    for task in tasks:
+        rest, examples = data.hold_out(task, HELD_OUT)
+        left.append(rest)
+        held_out.setdefault(task.name, []).extend(examples)
+    return left, held_out
 
 
 def samples_of(c, tasks):
@@ -255,7 +257,8 @@ def check_models(c, teachers, student, tokenizer):
                 f"--cka-weight: {name} has {theirs.n_layer} layers and the student {ours.n_layer}")
 
 
-TIMES = {"forget": 3, "lora": 10}  # larger learning rates than that of a recovery of all weights
+FORGET = 1.56e-3  # the learning rate of forgetting, as a fraction of the weights' RMS
+LORA = 10         # how many times larger the learning rate of low-rank updates is
 
 
 def learning_rates(c, student):
@@ -268,8 +271,8 @@ def learning_rates(c, student):
     weights = [linear.weight.detach() for linear in quant.block_linears(student)]
     squares = sum(w.float().square().sum().item() for w in weights)
     rms = math.sqrt(squares / sum(w.numel() for w in weights))
-    usual = c.lr_fraction * rms * (TIMES["lora"] if c.lora else 1)
-    return {"lr": c.lr or usual, "forget_lr": c.forget_lr or TIMES["forget"] * usual,
+    usual = rms * (LORA if c.lora else 1)
+    return {"lr": c.lr or c.lr_fraction * usual, "forget_lr": c.forget_lr or FORGET * usual,
             "weights_rms": rms}
 
 
@@ -288,7 +291,7 @@ def lesson_of(c, tokenizer, tasks, held_out, steps, order, **views):
     watched = {}
     for name, examples in held_out.items():
         of = [prompt_of(c, tokenizer, e, **views) for e in examples]
-        watched[name] = [p for p in of if p.answer]  # a text may end within its prompt
+        watched[name] = [p for p in of if p.answer]  # of a text of one token there is none
     return {"batches": batches, "held_out": {name: of for name, of in watched.items() if of}}
 
 
@@ -333,14 +336,17 @@ def check_lengths(run, context_length):
     longest += [len(ids) for group in evaluation.sequences.values() for ids in group]
     for lesson in filter(None, [run.expert, run.forgetting, *run.recoveries]):
         given = lesson.how in ("kd", "sft")
-        watched = [p for of in lesson.held_out.values() for p in of]
-        longest += [len(p.teacher) + len(p.answer) for p in watched]
+        if lesson.how != "none":
+            watched = [p for of in lesson.held_out.values() for p in of]
+            longest += [len(p.student if lesson.how == "sft" else p.teacher) + len(p.answer)
+                        for p in watched]
         for p in (p for batch in lesson.batches for p in batch):
-            require(p.answer or not given, f"{lesson.how} needs answers: some text ends within "
-                    f"--text-prompt-tokens {c.text_prompt_tokens}; give fewer")
+            require(p.answer or not given, f"{lesson.how} needs answers: some text has no second "
+                                           "token to continue with")
             prompt = p.student if lesson.how == "sft" else p.teacher
             longest.append(len(prompt) + (len(p.answer) if given else c.rollout_tokens))
-    for examples in run.samples.values():
+    taught = any(lesson.teacher for lesson in run.recoveries)
+    for examples in run.samples.values() if taught else ():
         asked = [len(data.teacher_prompt(evaluation.tokenizer, e, c.demo)) for e in examples]
         longest.append(max(asked) + evaluate.answer_tokens(evaluation, examples))
     for examples in evaluation.splits.values():

@@ -77,8 +77,8 @@ class Config:
         "", "a task, or several: SDFT on --data makes an expert, the healthy model, which is then "
         "fine-tuned on these (§5.1)", group="history: forgetting (§5.1), bootstrap (§5.3)")
     forget_steps: int = option(20, "steps of that fine-tuning", least=1)
-    forget_lr: float = option(0.0, "its peak learning rate; 0: three times that of --lr-fraction",
-                              least=0)
+    forget_lr: float = option(0.0, "its peak learning rate; 0: 1.56e-3 of the blocks' weights' "
+                              "root mean square", least=0)
     bootstrap: str = option("", "folder of a larger model that first teaches the healthy one, "
                             "off-policy (§5.3)")
     expert_steps: int = option(25, "steps that make the healthy model, with --forget or "
@@ -99,7 +99,8 @@ class Config:
     ema: float = option(0.0, "how far the teacher follows the student each step (Shenfeld et al.: "
                         "0.01); 0: it stays as it is", least=0, below=1)
     rollout_tokens: int = option(32, "longest rollout", least=1)
-    text_prompt_tokens: int = option(48, "tokens of a text prompt", least=1)
+    text_prompt_tokens: int = option(48, "tokens of a text prompt, at most half of the text",
+                                     least=1)
     temperature: float = option(0.6, "of the rollouts", least=0)
     top_p: float = option(1.0, "nucleus of the rollouts", above=0, most=1)
 
@@ -268,8 +269,9 @@ def teach(run, student, lesson):
     c, writer = run.config, parallel.rank() == 0
     student = trainable_(c, student, run.teachers["base"])
     ask_teacher(run, lesson)
-    teacher, watch = teacher_of(run, lesson), watch_of(run, student, lesson)
+    teacher = teacher_of(run, lesson)
     with timed(run.seconds, lesson.stage + " training"), log_of(c, lesson.stage, writer) as log:
+        watch = watch_of(run, student, lesson)
         first = show_step(run, student, teacher, lesson)
         settings = dict(
             lr=lesson.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip, stop=watch,
@@ -283,7 +285,8 @@ def teach(run, student, lesson):
         except sdft.Diverged as error:
             if not watch:
                 raise
-            watch.ended = f"{error}, where the learning rate was {error.lr:.3g}"
+            prompt = run.evaluation.tokenizer.decode(error.batch[0].student)[-60:]
+            watch.ended = f"{error} (learning rate {error.lr:.3g}, prompts from {prompt!r} on)"
         if watch:
             keep_best(run, watch, lesson)
         if first:
@@ -315,13 +318,12 @@ def keep_best(run, watch, lesson):
     """Put the best weights back; what was seen, for the report, and a line if it went wrong."""
     watch.restore(run.config.keep)
     run.guard[lesson.stage] = {"watch": run.config.watch if lesson.recovery else "loss",
-                               "checks": watch.checks, "kept": watch.kept, "ended": watch.ended,
-                               "seconds": watch.seconds}
-    if watch.ended:
-        prompt = run.evaluation.tokenizer.decode(lesson.batches[min(
-            watch.steps, len(lesson.batches) - 1)][0].student)[-60:]
-        complain(f"{lesson.stage}: {watch.ended} (prompts from {prompt!r} on; peak learning rate "
-                 f"{lesson.lr:.3g}): went back to step {watch.kept}; try a tenth of --lr", 1)
+                               "steps": watch.steps, "checks": watch.checks, "kept": watch.kept,
+                               "ended": watch.ended, "seconds": watch.seconds}
+    if watch.ended and parallel.rank() == 0:
+        print(f"\nerror: {lesson.stage}: {watch.ended}; the peak learning rate was "
+              f"{lesson.lr:.3g}: went back to step {watch.kept}; try a tenth of it by --lr",
+              file=sys.stderr)
 
 
 def teacher_of(run, lesson):
@@ -338,9 +340,10 @@ def watch_of(run, student, lesson):
     if not lesson.held_out:
         return None
     damaged = stages.get("degraded") is not stages.get("healthy")
-    value = guard.held_out_loss(run, student, lesson)
     if lesson.recovery and c.watch == "cka":
         value = guard.distance_by_cka(run, student)
+    else:
+        value = guard.held_out_loss(run, student, lesson)
     return guard.Watch(student, value, c.patience, strict=lesson.recovery and damaged)
 
 
@@ -420,9 +423,10 @@ def results_of(run):
     """results.json's content."""
     stages, fractions, changes = run.stages, {}, {}
     for lesson in run.recoveries:
-        changes[lesson.stage] = {
-            metric: evaluate.change(stages["degraded"], stages[lesson.stage], metric)
-            for metric in stages["healthy"].items}
+        if lesson.how != "none":
+            changes[lesson.stage] = {
+                metric: evaluate.change(stages["degraded"], stages[lesson.stage], metric)
+                for metric in stages["healthy"].items}
         three = stages["healthy"], stages["degraded"], stages[lesson.stage]
         fractions[lesson.stage] = {metric: evaluate.recovered_fraction(*three, metric)
                                    for metric in stages["healthy"].items}
@@ -497,7 +501,8 @@ def main(argv=None):
     except OSError as error:
         return complain(error, 2)
     except sdft.Diverged as error:
-        return complain(f"{error}, in what was to do the damage: try a smaller --forget-lr", 1)
+        return complain(f"{error}, and nothing watched this training: no results were written; "
+                        "try a smaller --lr, of forgetting --forget-lr", 1)
     except (parallel.PeerLost, KeyboardInterrupt) as stopped:
         why = "another process of this run has died"
         if isinstance(stopped, KeyboardInterrupt):
@@ -506,7 +511,7 @@ def main(argv=None):
     if parallel.rank() == 0:
         show(run, results, students)
     parallel.stop()
-    return 1 if ended else 0
+    return int(ended and parallel.rank() == 0)  # torchrun ends the others when one has failed
 
 
 def complain(error, code):

@@ -201,7 +201,7 @@ def made_up(step=True):
         "recovered_fraction": {"task": 0.7, "perplexity": None},
         "change": {"recovered": {"task": "better", "perplexity": "worse"}},
         "guard": {"recovered": {
-            "watch": "loss", "kept": 5, "ended": "", "seconds": 1.0,
+            "watch": "loss", "steps": 9, "kept": 5, "ended": "", "seconds": 1.0,
             "checks": [{"step": 0, "all": 0.5}, {"step": 5, "all": 0.25}, {"step": 9, "all": 1}]}},
         "teacher": {"healthy": {"task": {"shown": 13.3, "bare": 46.7, "examples": 48,
                                          "helps": False}}},

@@ -44,7 +44,7 @@ def test_the_learning_rate_is_a_fraction_of_the_weights_rms(folder, tmp_path):
     rms = torch.cat([w.flatten() for w in weights]).double().square().mean().sqrt().item()
     c = train.Config()
     assert prepare.learning_rates(c, student) == pytest.approx(
-        {"lr": c.lr_fraction * rms, "forget_lr": 3 * c.lr_fraction * rms, "weights_rms": rms})
+        {"lr": 5.2e-4 * rms, "forget_lr": 1.56e-3 * rms, "weights_rms": rms})
     lora = prepare.learning_rates(train.Config(lora=4), student)
     assert lora["lr"] == pytest.approx(10 * c.lr_fraction * rms)
     own = prepare.learning_rates(train.Config(lr=1e-3, forget_lr=1e-2), student)
@@ -245,7 +245,8 @@ def test_a_step_size_far_too_large_ends_in_one_line_with_the_weights_as_they_wer
     shown = capsys.readouterr()
     lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in shown.err
-    assert all(word in lines[0] for word in ("step 1", "1e+09", "try a tenth of --lr", "prompts"))
+    said = "step 1", "1e+09", "try a tenth of it by --lr", "prompts from"
+    assert all(word in lines[0] for word in said)
     assert "ended early" in shown.out
     job(folder, tmp_path / "none", "--recover", "none")
     ours, damaged = (GPT.from_pretrained(tmp_path / name / "student") for name in ("out", "none"))
@@ -271,6 +272,26 @@ def test_few_examples_are_watched_though_they_are_trained_on():
     left, held_out = data.hold_out(task, 16)
     assert len(held_out) == 12 and len(left.train) == 88
     assert not {e.prompt for e in left.train} & {e.prompt for e in held_out}
+    one = data.Task("one", [data.Example("the same")] * 9, {})
+    assert data.hold_out(one, 16)[0].train == one.train  # or nothing would be left
+
+
+def test_every_text_of_the_real_task_has_something_to_continue_with(folder):
+    """At most half of a text is its prompt: what is left is the expert's answer."""
+    tokenizer = data.load_tokenizer(folder)
+    for e in data.load_task("text").train[:50]:
+        ids = tokenizer.encode(e.prompt)
+        for n in (16, 48, 10_000):
+            prompt = data.student_prompt(tokenizer, e, n)
+            assert prompt + data.expert_answer(tokenizer, e, n) == ids
+            assert len(prompt) == min(n, len(ids) // 2)
+
+
+def test_tasks_of_one_name_are_all_watched(folder, tmp_path):
+    (tmp_path / "science.txt").write_text("\n\n".join(f"Text {n}. " * 30 for n in range(20)))
+    run = prepared(folder, tmp_path / "out", "--data", f"science,{tmp_path}/science.txt")
+    watched, = (lesson.held_out for lesson in run.recoveries)
+    assert len(watched["science"]) == 16 + 2
 
 
 # ------------------------------------------------------------------------------- the architectures
@@ -306,6 +327,10 @@ def test_a_copy_shares_nothing_with_its_original(kind):
     ids = torch.arange(6)[None]
     before = model(ids)
     assert torch.equal(ours(ids), before)
+    with torch.no_grad(), parametrize.cached():
+        assert torch.equal(model(ids), before)
+        ours.stored("layers.0.self_attn.q_proj.weight").mul_(2)
+        assert not torch.equal(ours(ids), before)  # not the original's, out of the cache
     quant.compute_in_(ours, torch.bfloat16)
     assert torch.equal(model(ids), before)
     quant.bake_(ours)

@@ -373,11 +373,18 @@ def read_text(path):
 
 
 def text_task(name, text):
-    """The paragraphs of a text that are long enough to begin from, as prompts to continue."""
-    paragraphs = [p.strip() for p in _paragraphs(text) if len(p.strip()) >= 160]
-    if not paragraphs:
-        raise ValueError(f"the text of {name!r} has no paragraph of 160 characters to continue")
-    return Task(name, [Example(p, chat=False) for p in paragraphs], {})
+    """A text in pieces of whole paragraphs, of 400 characters or more, as prompts to continue; the
+    last piece may be shorter, but of 160."""
+    pieces, piece = [], ""
+    for paragraph in _paragraphs(text):
+        piece = f"{piece}\n\n{paragraph.strip()}".strip()
+        if len(piece) >= 400:
+            pieces.append(piece)
+            piece = ""
+    pieces += [piece] if len(piece) >= 160 else []
+    if not pieces:
+        raise ValueError(f"the text of {name!r} has no 160 characters to begin from and continue")
+    return Task(name, [Example(p, chat=False) for p in pieces], {})
 
 
 def split_text():

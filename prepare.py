@@ -288,11 +288,9 @@ def lesson_of(c, tokenizer, tasks, held_out, steps, order, **views):
     """{"batches", "held_out"} of a Lesson, as its two sides see them."""
     batches = [[prompt_of(c, tokenizer, e, **views) for e in batch]
                for batch in data.batches(tasks, steps, c.batch_size, order)]
-    watched = {}
-    for name, examples in held_out.items():
-        of = [prompt_of(c, tokenizer, e, **views) for e in examples]
-        watched[name] = [p for p in of if p.answer]  # of a text of one token there is none
-    return {"batches": batches, "held_out": {name: of for name, of in watched.items() if of}}
+    watched = {name: [prompt_of(c, tokenizer, e, **views) for e in examples]
+               for name, examples in held_out.items()}
+    return {"batches": batches, "held_out": watched}
 
 
 def plan_history(c, tokenizer, tasks, held_out, forgetting, rates):
@@ -329,8 +327,7 @@ def plan_recoveries(c, tokenizer, tasks, held_out, lr):
 
 
 def check_lengths(run, context_length):
-    """ValueError for prompts that do not fit the context with their answers, or have no expert's
-    answer where one is learned."""
+    """ValueError for prompts that do not fit the context with their answers."""
     c, evaluation, encode = run.config, run.evaluation, run.evaluation.tokenizer.encode
     longest = [len(ids) for ids in run.calibration]
     longest += [len(ids) for group in evaluation.sequences.values() for ids in group]
@@ -341,8 +338,6 @@ def check_lengths(run, context_length):
             longest += [len(p.student if lesson.how == "sft" else p.teacher) + len(p.answer)
                         for p in watched]
         for p in (p for batch in lesson.batches for p in batch):
-            require(p.answer or not given, f"{lesson.how} needs answers: some text has no second "
-                                           "token to continue with")
             prompt = p.student if lesson.how == "sft" else p.teacher
             longest.append(len(prompt) + (len(p.answer) if given else c.rollout_tokens))
     taught = any(lesson.teacher for lesson in run.recoveries)

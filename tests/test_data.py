@@ -320,14 +320,16 @@ def test_a_row_that_is_there_twice_is_not_in_both_splits(tmp_path):
 
 
 def test_text_file_task(tmp_path):
+    """Whole paragraphs are joined to 400 characters; a last piece may have 160."""
     long = "A paragraph with enough words to begin from. " * 5
-    text = f"Title\n\n{long}\n \n{long.upper()}\nsame paragraph\n\n\nshort"
+    text = f"Title\n\n{long}\n \n{long.upper()}\nsame paragraph\n\n\n{long}\n\nshort"
     (tmp_path / "notes.txt").write_text(text, encoding="utf-8")
     task = load_task(str(tmp_path / "notes.txt"))
     assert task.name == "notes" and task.eval == {}
-    assert [e.prompt for e in task.train] == [long.strip(), long.upper() + "\nsame paragraph"]
+    first = f"Title\n\n{long.strip()}\n\n{long.upper()}\nsame paragraph"
+    assert [e.prompt for e in task.train] == [first, f"{long.strip()}\n\nshort"]
     assert not any(e.chat or e.response for e in task.train)
-    (tmp_path / "notes.txt").write_text("Too short.\n\n" * 100)
+    (tmp_path / "notes.txt").write_text("Too short.\n\n" * 12)
     with pytest.raises(ValueError, match="notes.*160"):
         load_task(str(tmp_path / "notes.txt"))
 

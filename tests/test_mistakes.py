@@ -257,8 +257,6 @@ IN_DATA = {
     "a_task_without_questions_to_measure": ("--data science --eval text", "--eval text"),
     "a_text_to_measure_in_eval": ("--eval {long_text}", "name a file in --text"),
     "a_text_of_short_paragraphs_in_eval": ("--eval {short_paragraphs}", "--text"),
-    "prompts_take_all_of_a_text": (
-        "--recover kd --data text --text-prompt-tokens 900", "--text-prompt-tokens 900"),
 }
 
 IN_NUMBERS = {

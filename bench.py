@@ -17,7 +17,6 @@ import copy
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,7 @@ def options(argv=None):
     add("--steps", type=int, default=5, help="steps timed; the median is shown [5]")
     add("--warmup", type=int, default=3, help="steps before those [3]")
     add("--degrade", default="int4", help="int2 … int8 or none: our student's grid [int4]")
+    add("--device", default="cpu", help="cpu or cuda [cpu]")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="as train.py's [auto]")
     add("--adam-dtype", default="float32", choices=["float32", "bfloat16"],
@@ -79,7 +79,7 @@ def ours(o):
         import fast
         fast.keep_freed_memory()
     if o.dtype == "auto":
-        o.dtype = "bfloat16" if parallel.bfloat16_is_fast("cpu") else "float32"
+        o.dtype = "bfloat16" if parallel.bfloat16_is_fast(o.device) else "float32"
     folder = o.model or checkpoint.default_model()
     tokenizer = data.load_tokenizer(folder)
     ids = [tokenizer.chat(p) for p in prompts(o.batch_size)]
@@ -87,10 +87,12 @@ def ours(o):
     steps = recover(o, student, teacher, ids)[o.warmup:]
     seconds = {part: statistics.median(s[part] for s in steps) for part in steps[0]}
     rates = against_ceilings(o, teacher, ids, seconds)
-    return {"seconds": seconds, "peak_gib": parallel.peak_memory_gib(),
+    peak = parallel.peak_memory_gib(o.device)  # before the ceilings
+    return {"seconds": seconds, "peak_gib": peak, "dtype": o.dtype,
             "tokens_per_second": o.new_tokens * o.batch_size / seconds["total"],
-            "prompt_tokens": sum(map(len, ids)), **rates, "ceilings": ceilings(torch, o.dtype),
-            "dtype": o.dtype}
+            "prompt_tokens": sum(map(len, ids)), **rates,
+            "ceilings": ceilings(torch, o.device, o.dtype),
+            "processor": parallel.processor(o.device)}
 
 
 def models(o, folder):
@@ -100,7 +102,7 @@ def models(o, folder):
     import quant
     from model import GPT
     dtype = getattr(torch, o.dtype)
-    student = GPT.from_pretrained(folder)
+    student = GPT.from_pretrained(folder, device=o.device)
     teacher = copy.deepcopy(student).eval().to(dtype)
     if o.degrade != "none":
         quant.quantize_(student, o.degrade, 64)
@@ -147,28 +149,37 @@ def timed_parts(o, teacher, spent):
     rollout = functools.partial(
         used["generate"], max_new_tokens=o.new_tokens, batch_size=o.batch_size,
         generator=torch.Generator().manual_seed(0))
-    teachers = timed(spent, "teacher", score)
+    clock = functools.partial(timed, spent, device=o.device)
+    teachers = clock("teacher", score)
 
     def score_of_either(model, *arguments, **named):
         """The teacher's pass is timed; the student's belongs to the rest."""
         return (teachers if model is teacher else score)(model, *arguments, **named)
 
-    teacher.head = timed(spent, "teacher", teacher.head)
-    quant.FakeQuantize.forward = timed(spent, "quantize", quant.FakeQuantize.forward)
+    teacher.head = clock("teacher", teacher.head)
+    quant.FakeQuantize.forward = clock("quantize", quant.FakeQuantize.forward)
     for kind in (torch.optim.AdamW, sdft.CompactAdamW):
-        kind.step = timed(spent, "optimizer", kind.step)
-    return timed(spent, "rollout", rollout), score_of_either, backward
+        kind.step = clock("optimizer", kind.step)
+    return clock("rollout", rollout), score_of_either, backward
 
 
-def timed(spent, name, function):
+def timed(spent, name, function, device):
     """The same function; spent[name] grows by the seconds of each call."""
     @functools.wraps(function)
     def run(*args, **kwargs):
-        began = time.perf_counter()
+        began = now(device)
         result = function(*args, **kwargs)
-        spent[name] += time.perf_counter() - began
+        spent[name] += now(device) - began
         return result
     return run
+
+
+def now(device):
+    """Seconds, after what a GPU was asked to do is done."""
+    if device != "cpu":
+        import torch
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def against_ceilings(o, teacher, ids, seconds):
@@ -185,19 +196,20 @@ def against_ceilings(o, teacher, ids, seconds):
     return {"gflops": gflops, "rollout_gb_per_second": read / seconds["rollout"] / 1e9}
 
 
-def ceilings(torch, dtype):
-    """The best this machine does: a product of 2048 x 2048 matrices (GFLOP/s) and a copy of 512 MB
-    (GB/s, both ways)."""
-    a, b = torch.randn(2, 2048, 2048).to(getattr(torch, dtype))
-    c, d = torch.ones(2, 2 ** 27)
+def ceilings(torch, device, dtype):
+    """The best this machine does: a product of 2048 x 2048 matrices, on a GPU of 8192 x 8192
+    (GFLOP/s), and a copy of 512 MB (GB/s, both ways)."""
+    n = 2048 if device == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype))
+    c, d = torch.ones(2, 2 ** 27, device=device)
     best = {"gflops": 0.0, "gb_per_second": 0.0}
     for _ in range(5):
-        t0 = time.perf_counter()
+        t0 = now(device)
         a @ b
-        t1 = time.perf_counter()
+        t1 = now(device)
         d.copy_(c)
-        t2 = time.perf_counter()
-        best["gflops"] = max(best["gflops"], 2 * 2048 ** 3 / (t1 - t0) / 1e9)
+        t2 = now(device)
+        best["gflops"] = max(best["gflops"], 2 * n ** 3 / (t1 - t0) / 1e9)
         best["gb_per_second"] = max(best["gb_per_second"], 2 * 4 * 2 ** 27 / (t2 - t1) / 1e9)
     return best
 
@@ -213,7 +225,7 @@ def trl(o):
         seconds = trl_steps(o, folder, out)
     lengths = [len(data.load_tokenizer(folder).chat(p)) for p in prompts(o.batch_size)]
     total = statistics.median(seconds[o.warmup:])
-    return {"seconds": {"total": total}, "peak_gib": parallel.peak_memory_gib(),
+    return {"seconds": {"total": total}, "peak_gib": parallel.peak_memory_gib(o.device),
             "tokens_per_second": o.batch_size * o.new_tokens / total,
             "prompt_tokens": sum(lengths)}
 
@@ -229,22 +241,22 @@ def trl_steps(o, folder, out):
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            now = time.perf_counter()
-            seconds.append(now - last[0])
-            last[0] = now
+            ended = now(o.device)
+            seconds.append(ended - last[0])
+            last[0] = ended
 
     args = SDFTConfig(
         out, per_device_train_batch_size=o.batch_size, gradient_accumulation_steps=1,
         num_generations=1, max_steps=steps, max_completion_length=o.new_tokens,
         generation_kwargs={"min_new_tokens": o.new_tokens}, distillation_mode="full_logits",
         distillation_alpha=1.0, teacher_model_kind="base", learning_rate=1e-4,
-        shuffle_dataset=False, bf16=o.dtype == "bfloat16", use_cpu=True,
+        shuffle_dataset=False, bf16=o.dtype == "bfloat16", use_cpu=o.device == "cpu",
         gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True,
         logging_strategy="no")
     trainer = SDFTTrainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), args,
         datasets.Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
-    last = [time.perf_counter()]
+    last = [now(o.device)]
     trainer.train()
     return seconds
 
@@ -301,7 +313,7 @@ def main(argv=None):
         return
     base = measure(o, "ours")
     print(f"{o.batch_size} prompts, {base['prompt_tokens']} tokens in all; "
-          f"{o.new_tokens} new tokens each; median of {o.steps} steps; {platform.machine()}, "
+          f"{o.new_tokens} new tokens each; median of {o.steps} steps; {base['processor']}, "
           f"{os.cpu_count()} cores")
     name = "ours, plain" if o.plain else "ours"
     show(f"{name} {base['dtype']}", base)

@@ -63,7 +63,8 @@ class Watch:
     def __init__(self, student, value, patience=0, strict=False, every=5):
         self.student, self.value, self.strict = student, value, strict
         self.patience, self.every, self.steps = patience, every, 0
-        self.checks, self.kept, self.weights, self.ended, self.seconds = [], 0, [], "", 0.0
+        self.checks, self.kept, self.ended, self.seconds = [], 0, "", 0.0
+        self.weights = [torch.empty_like(p, device="cpu") for p in self.trained()]
         self.check()
 
     def __call__(self):
@@ -84,7 +85,8 @@ class Watch:
         start, best = self.checks[0], next(c for c in self.checks if c["step"] == self.kept)
         if self.steps == 0 or now["all"] < best["all"] and self.is_allowed(now):
             self.kept = self.steps
-            self.weights = [p.to("cpu", copy=True) for p in self.trained()]
+            for place, p in zip(self.weights, self.trained()):
+                place.copy_(p)
         if not now["all"] <= 2 * start["all"] + self.FAR:
             self.ended = (f"step {self.steps}: what is watched went from {start['all']:.3g} to "
                           f"{now['all']:.3g}")

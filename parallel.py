@@ -199,7 +199,9 @@ def processor(device):
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def peak_memory_gib():
-    """The most memory that this process has held so far."""
+def peak_memory_gib(device="cpu"):
+    """The most memory that this process has held so far, beside the CPU or on a GPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

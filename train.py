@@ -452,7 +452,7 @@ def environment(run):
              "date": datetime.datetime.now().isoformat(timespec="minutes"),
              "peak_memory_gib": parallel.peak_memory_gib()}
     if device != "cpu":
-        found["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2 ** 30
+        found["peak_gpu_memory_gib"] = parallel.peak_memory_gib(device)
     return found
 
 

@@ -194,9 +194,11 @@ def test_an_experiment_makes_its_runs_once_and_reports(tmp_path, monkeypatch, ca
         called.append(command[2:])
         out = experiments.Path(command[command.index("--out") + 1])
         seed = int(command[command.index("--seed") + 1])
-        write(out, seed, 40.0 + seed, degrade=command[command.index("--degrade") + 1])
-        (out / "student").mkdir()
-        return experiments.subprocess.CompletedProcess(command, int("7" in command))
+        if "7" not in command:  # that one dies
+            write(out, seed, 40.0 + seed, degrade=command[command.index("--degrade") + 1])
+            (out / "student").mkdir()
+        ended = "7" in command or "11" in command  # 11: by the guard, with all its results
+        return experiments.subprocess.CompletedProcess(command, int(ended))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiments.subprocess, "run", call)
     assert experiments.main(["table4", "--seeds", "0,1", "--steps", "9"]) == 0
@@ -209,6 +211,7 @@ def test_an_experiment_makes_its_runs_once_and_reports(tmp_path, monkeypatch, ca
     assert experiments.main(["table4", "--seeds", "0,1", "--steps", "9"]) == 0 and len(called) == 4
     assert experiments.main(["table4", "--seeds", "0", "--steps", "7"]) == 1
     assert "error: this run failed (exit code 1)" in capsys.readouterr().err
+    assert experiments.main(["table4", "--seeds", "0", "--steps", "11"]) == 0
 
 
 def test_what_an_experiment_and_its_caller_want_measured_is_measured():

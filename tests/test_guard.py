@@ -288,7 +288,7 @@ def test_every_text_of_the_real_task_has_something_to_continue_with(folder):
 
 
 def test_tasks_of_one_name_are_all_watched(folder, tmp_path):
-    (tmp_path / "science.txt").write_text("\n\n".join(f"Text {n}. " * 50 for n in range(20)))
+    (tmp_path / "science.txt").write_text("\n\n".join(f"Text {n}. " * 60 for n in range(20)))
     run = prepared(folder, tmp_path / "out", "--data", f"science,{tmp_path}/science.txt")
     watched, = (lesson.held_out for lesson in run.recoveries)
     assert len(watched["science"]) == 16 + 2

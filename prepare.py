@@ -262,11 +262,10 @@ LORA = 10         # how many times larger the learning rate of low-rank updates 
 
 
 def learning_rates(c, student):
-    """{"lr", "forget_lr", "weights_rms"}: the peak learning rates, and what they are fractions of.
+    """{"lr", "forget_lr", "weights_rms"}: the peak learning rates, and what they are fractions of,
+    the root mean square of the blocks' weights.
 
-    AdamW moves a weight by about the learning rate a step, whatever its size. So that a step is as
-    large for every model, it is a fraction of the root mean square of the blocks' weights (the idea
-    of Adafactor, 1804.04235 §8, with one scale for the whole model).
+    So a step is as large for every model; within one `sdft.rates` makes it so for every matrix.
     """
     weights = [linear.weight.detach() for linear in quant.block_linears(student)]
     squares = sum(w.float().square().sum().item() for w in weights)

@@ -19,6 +19,7 @@ Nothing in this file knows how the student was damaged. Parametrized weights (qu
 computed once a step, and the rollout and the update use the same ones.
 """
 import contextlib
+import functools
 import math
 import time
 from typing import NamedTuple
@@ -260,20 +261,20 @@ def alike(prompts, beginning=8):
 BETAS = 0.9, 0.95
 
 
-def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
+def steps(model, batches, *, lr=1e-4, weights_rms=0.0, warmup=2, weight_decay=0.0, clip=1.0,
           adam_dtype=torch.float32, log=None, progress="recover", cached=True, reduce=None):
     """(batch, update) for each batch: the caller adds up .grad, then calls update(line), once.
 
     update clips the gradient, takes a step of AdamW in place (or raises Diverged), and gives log
-    the line (loss, tokens, …) with step, lr, grad_norm, and the seconds up to here. lr warms up
-    linearly, and decays to 0 over the second half. AdamW's moments rest in adam_dtype; progress
-    names the bar, if any. Within a step parametrized weights are computed once, with their graph
-    (unless cached is False). reduce(parameters, line) sums over processes.
+    the line (loss, tokens, …) with step, lr, grad_norm, and the seconds up to here. lr, shared out
+    by `rates`, warms up linearly, and decays to 0 over the second half. AdamW's moments rest in
+    adam_dtype; progress names the bar, if any. Within a step parametrized weights are computed
+    once, with their graph (unless cached is False). reduce(parameters, line) sums over processes.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, lr, weight_decay, adam_dtype)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (warmup + 1), 1, 2 * (1 - step / len(batches))))
+    optimizer = adamw(parameters, rates(parameters, lr, weights_rms), weight_decay, adam_dtype)
+    part = functools.partial(part_of_peak, warmup=warmup, n=len(batches))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, part)
 
     def update(line):
         cache.close()  # the weights that were computed for this step are done with
@@ -281,7 +282,7 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
             reduce(parameters, line)
         norm = clip_grad_norm_(parameters, clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
-        line = {"step": schedule.last_epoch, **line, "lr": schedule.get_last_lr()[0]}
+        line = {"step": schedule.last_epoch, **line, "lr": lr * part(schedule.last_epoch)}
         _check_finite(line, norm, batch)
         optimizer.step()
         optimizer.zero_grad()
@@ -302,12 +303,40 @@ def steps(model, batches, *, lr=1e-4, warmup=2, weight_decay=0.0, clip=1.0,
         model.eval()
 
 
-def adamw(parameters, lr, weight_decay, dtype):
-    """AdamW (1711.05101) whose two moments rest in dtype."""
-    settings = dict(lr=lr, betas=BETAS, weight_decay=weight_decay)
+def part_of_peak(step, warmup, n):
+    """The learning rate at a step, of n, as a part of its peak.
+
+    >>> [round(part_of_peak(step, warmup=1, n=6), 2) for step in range(6)]
+    [0.5, 1.0, 1, 1, 0.67, 0.33]
+    """
+    return min((step + 1) / (warmup + 1), 1, 2 * (1 - step / n))
+
+
+def rates(parameters, lr, weights_rms):
+    """Each parameter's learning rate: a matrix takes lr times its root mean square / weights_rms.
+
+    AdamW moves a weight by about the learning rate a step, whatever its size, so that small weights
+    would be moved the most (the idea of Adafactor, 1804.04235 §8). lr is what vectors take, and,
+    with weights_rms 0, all.
+    """
+    found = []
+    for p in parameters:
+        size = weights_rms
+        if weights_rms and p.dim() == 2:
+            squares = p.detach().double().square().sum()
+            squares = squares.full_tensor() if hasattr(squares, "full_tensor") else squares
+            size = math.sqrt(squares.item() / p.numel())  # of a sharded matrix, too
+        found.append(lr * size / weights_rms if weights_rms else lr)
+    return found
+
+
+def adamw(parameters, rates, weight_decay, dtype):
+    """AdamW (1711.05101) whose two moments rest in dtype; a learning rate for each parameter."""
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, rates)]
+    settings = dict(betas=BETAS, weight_decay=weight_decay)
     if dtype == torch.float32:
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    return CompactAdamW(parameters, settings | {"eps": 1e-8, "dtype": dtype})
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    return CompactAdamW(groups, settings | {"eps": 1e-8, "dtype": dtype})
 
 
 def _check_finite(line, norm, batch):

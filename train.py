@@ -107,9 +107,10 @@ class Config:
     steps: int = option(25, "optimizer steps", least=1, group="optimizer (AdamW)")
     batch_size: int = option(16, "prompts a step, one rollout each, shared evenly by the tasks",
                              least=1)
-    lr: float = option(0.0, "peak learning rate; 0: by --lr-fraction", least=0)
-    lr_fraction: float = option(5.2e-4, "peak learning rate as a fraction of the root mean square "
-                                "of the blocks' weights (--lora: ten times that)", above=0)
+    lr: float = option(0.0, "peak learning rate of matrices of average size, others' in proportion "
+                       "(--lora: of all); 0: by --lr-fraction", least=0)
+    lr_fraction: float = option(5.2e-4, "peak learning rate as a fraction of each matrix's root "
+                                "mean square (--lora: ten times that of all)", above=0)
     warmup: int = option(2, "steps of linear warm-up; the second half of the steps decays to 0",
                          least=0)
     weight_decay: float = option(0.0, "of AdamW", least=0)
@@ -274,7 +275,8 @@ def teach(run, student, lesson):
         watch = watch_of(run, student, lesson)
         first = show_step(run, student, teacher, lesson)
         settings = dict(
-            lr=lesson.lr, warmup=c.warmup, weight_decay=c.weight_decay, clip=c.clip, stop=watch,
+            lr=lesson.lr, weights_rms=0 if c.lora else run.facts["weights_rms"], warmup=c.warmup,
+            weight_decay=c.weight_decay, clip=c.clip, stop=watch,
             adam_dtype=getattr(torch, c.adam_dtype), micro_batch=c.micro_batch, log=log,
             progress=lesson.stage if writer else "", score=run.score,
             share=parallel.share, reduce=parallel.reduce_, cached=not c.shard)

@@ -65,6 +65,31 @@ def test_a_model_of_smaller_weights_takes_smaller_steps_by_as_much():
     assert prepare.learning_rates(train.Config(), model)["lr"] == pytest.approx(before / 10)
 
 
+def test_each_matrix_takes_steps_in_proportion_to_its_size():
+    """By hand: root mean squares of 2 and 0.5 where lr is meant for 1; a vector takes lr."""
+    big, small = torch.tensor([[2.0, -2.0]]), torch.tensor([[0.5], [0.5]])
+    vector, zeros = torch.tensor([3.0]), torch.zeros(1, 2)
+    assert sdft.rates([big, small, vector], 0.1, 1.0) == pytest.approx([0.2, 0.05, 0.1])
+    assert sdft.rates([big, small, vector, zeros], 0.1, 0.0) == [0.1] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_step_moves_each_weight_by_its_matrix_rate(dtype):
+    """Adam's first step is the learning rate times the sign of the gradient."""
+    model = tiny()
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight.mul_(10)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _, update in sdft.steps(model, [[]], lr=1e-3, weights_rms=0.1, warmup=0, clip=1e9,
+                                adam_dtype=dtype, progress=""):
+        loss = sum(p.sum() for p in model.parameters())
+        loss.backward()
+        update({"loss": loss.item(), "tokens": 1})
+    for name, p in model.named_parameters():
+        rms = before[name].square().mean().sqrt().item() if p.dim() == 2 else 0.1
+        assert (before[name] - p).mean().item() == pytest.approx(1e-3 * rms / 0.1, rel=1e-3), name
+
+
 # ----------------------------------------------------------------------- the teacher that is asked
 
 def test_right_answers_are_counted_in_both_forms(folder, tmp_path, monkeypatch):

@@ -385,10 +385,11 @@ def guard_line(found):
     at = next((c for c in checks if c["step"] == kept), last)
     line = (f"kept step {kept} of {found['steps']} ({what[found['watch']]} {first['all']:.3f} → "
             f"{at['all']:.3f})")
-    if kept == 0 and not found["ended"]:
+    if kept < last["step"] and not found["ended"]:
         worse = [name for name in last if name not in ("step", "all") and last[name] > first[name]]
-        line += (f": no step was better (in the end {last['all']:.3f}"
-                 f"{', worse on ' + ', '.join(worse) if worse else ''}); try a smaller --lr")
+        line += f", in the end {last['all']:.3f}"
+        line += f", worse on {', '.join(worse)} than before" if worse else ""
+        line += "; no step was better: try a smaller --lr" if kept == 0 else ""
     return line + (f"; ended early, {found['ended']}" if found["ended"] else "")
 
 

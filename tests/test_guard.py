@@ -11,6 +11,7 @@ from conftest import GPT2, QWEN2, make_folder, tiny
 from torch.nn.utils import parametrize
 
 import data
+import evaluate
 import guard
 import prepare
 import quant
@@ -255,12 +256,25 @@ def test_the_kept_weights_are_those_of_the_check_and_are_in_the_report(folder, t
     found, said = results(tmp_path)["guard"]["recovered"], capsys.readouterr().out
     checks = {c["step"]: c["all"] for c in found["checks"]}
     assert sorted(checks) == [0, 5, 10] and found["ended"] == ""
-    assert f"kept step {found['kept']} of 10" in said or "no step made it better" in said
+    assert f"kept step {found['kept']} of 10" in said
     run = prepared(folder, tmp_path / "again", "--dtype", "float32", "--degrade", "int2")
     run.teachers["healthy"] = run.teachers["base"]
     saved = GPT.from_pretrained(tmp_path / "student")
     value = guard.held_out_loss(run, saved, run.recoveries[0])()["all"]
     assert value == pytest.approx(checks[found["kept"]], rel=1e-4)
+
+
+@pytest.mark.parametrize("kept, says", [
+    (10, "kept step 10 of 10 (loss on held-out prompts 1.000 → 0.400)"),
+    (5, "kept step 5 of 10 (loss on held-out prompts 1.000 → 0.500), in the end 0.400, worse on b "
+     "than before"),
+    (0, "kept step 0 of 10 (loss on held-out prompts 1.000 → 1.000), in the end 0.400, worse on b "
+     "than before; no step was better: try a smaller --lr")])
+def test_the_line_that_says_what_was_kept_and_why(kept, says):
+    checks = [{"step": 0, "all": 1.0, "a": 1.0, "b": 1.0}, {"step": 5, "all": 0.5, "a": 0.4, "b": 1},
+              {"step": 10, "all": 0.4, "a": 0.1, "b": 1.1}]
+    found = {"watch": "loss", "steps": 10, "checks": checks, "kept": kept, "ended": ""}
+    assert evaluate.guard_line(found) == says
 
 
 @pytest.mark.parametrize("recover", ["sdft", "kd", "sft"])

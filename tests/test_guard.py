@@ -271,7 +271,7 @@ def test_the_kept_weights_are_those_of_the_check_and_are_in_the_report(folder, t
     (0, "kept step 0 of 10 (loss on held-out prompts 1.000 → 1.000), in the end 0.400, worse on b "
      "than before; no step was better: try a smaller --lr")])
 def test_the_line_that_says_what_was_kept_and_why(kept, says):
-    checks = [{"step": 0, "all": 1.0, "a": 1.0, "b": 1.0}, {"step": 5, "all": 0.5, "a": 0.4, "b": 1},
+    checks = [{"step": 0, "all": 1, "a": 1, "b": 1}, {"step": 5, "all": 0.5, "a": 0.4, "b": 1},
               {"step": 10, "all": 0.4, "a": 0.1, "b": 1.1}]
     found = {"watch": "loss", "steps": 10, "checks": checks, "kept": kept, "ended": ""}
     assert evaluate.guard_line(found) == says

@@ -38,7 +38,7 @@ def options(argv=None):
     add("--steps", type=int, default=5, help="steps timed; the median is shown [5]")
     add("--warmup", type=int, default=3, help="steps before those [3]")
     add("--degrade", default="int4", help="int2 … int8 or none: our student's grid [int4]")
-    add("--device", default="cpu", help="cpu or cuda [cpu]")
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="[cpu]")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="as train.py's [auto]")
     add("--adam-dtype", default="float32", choices=["float32", "bfloat16"],
@@ -52,6 +52,10 @@ def options(argv=None):
     add("--peer-dtype", default="float32,bfloat16", help="in which precisions [float32,bfloat16]")
     add("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
     o = parser.parse_args(argv)
+    if o.device != "cpu":
+        import torch
+        if not torch.cuda.is_available():
+            parser.error(f"--device {o.device}: this torch sees no CUDA device")
     o.without = ",".join(PARTS) if o.plain else o.without
     return o
 

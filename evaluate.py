@@ -386,10 +386,11 @@ def guard_line(found):
     line = (f"kept step {kept} of {found['steps']} ({what[found['watch']]} {first['all']:.3f} → "
             f"{at['all']:.3f})")
     if kept < last["step"] and not found["ended"]:
-        worse = [name for name in last if name not in ("step", "all") and last[name] > first[name]]
         line += f", in the end {last['all']:.3f}"
-        line += f", worse on {', '.join(worse)} than before" if worse else ""
-        line += "; no step was better: try a smaller --lr" if kept == 0 else ""
+        if last["all"] < at["all"]:  # then a task forbade it
+            tasks = [name for name in last if name not in ("step", "all")]
+            line += f", worse on {max(tasks, key=lambda k: last[k] - first[k])} than before"
+        line += "; no later step was kept: try a smaller --lr" if kept == 0 else ""
     return line + (f"; ended early, {found['ended']}" if found["ended"] else "")
 
 
@@ -515,8 +516,8 @@ def provenance_lines(results):
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     peak = e.get("peak_gpu_memory_gib", e["peak_memory_gib"])
     return ["", f"damage {damage_of(config)}: {damage or 'no weight of it by our hand'}",
-            f"learning rate {e['lr']:.3g}, {e['lr'] / e['weights_rms']:.2g} of the weights' "
-            f"root mean square, {e['weights_rms']:.3g}",
+            f"learning rate {e['lr']:.3g} on average, {e['lr'] / e['weights_rms']:.2g} of the "
+            f"weights' root mean square, {e['weights_rms']:.3g}",
             f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} "
             f"(text {e['text_sha256']}); train data {e['data_sha256']}; "
             f"eval data {e['eval_sha256']} {e['eval_examples']}",

@@ -265,7 +265,7 @@ def learning_rates(c, student):
     """{"lr", "forget_lr", "weights_rms"}: the peak learning rates, and what they are fractions of,
     the root mean square of the blocks' weights.
 
-    So a step is as large for every model; within one `sdft.rates` makes it so for every matrix.
+    A step is then equally large in every model; `sdft.rates` makes it so in every matrix.
     """
     weights = [linear.weight.detach() for linear in quant.block_linears(student)]
     squares = sum(w.float().square().sum().item() for w in weights)

@@ -313,7 +313,8 @@ def part_of_peak(step, warmup, n):
 
 
 def rates(parameters, lr, weights_rms):
-    """Each parameter's learning rate: a matrix takes lr times its root mean square / weights_rms.
+    """Each parameter's learning rate: a matrix takes lr times its root mean square / weights_rms,
+    or a tenth of lr, if that is more.
 
     AdamW moves a weight by about the learning rate a step, whatever its size, so that small weights
     would be moved the most (the idea of Adafactor, 1804.04235 §8). lr is what vectors take, and,
@@ -321,22 +322,25 @@ def rates(parameters, lr, weights_rms):
     """
     found = []
     for p in parameters:
-        size = weights_rms
         if weights_rms and p.dim() == 2:
-            squares = p.detach().double().square().sum()
-            squares = squares.full_tensor() if hasattr(squares, "full_tensor") else squares
-            size = math.sqrt(squares.item() / p.numel())  # of a sharded matrix, too
-        found.append(lr * size / weights_rms if weights_rms else lr)
+            norm = torch.linalg.vector_norm(p.detach(), dtype=torch.float64)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded
+            size = norm.item() / math.sqrt(p.numel()) / weights_rms
+            found.append(lr * max(size, 0.1))
+        else:
+            found.append(lr)
     return found
 
 
 def adamw(parameters, rates, weight_decay, dtype):
     """AdamW (1711.05101) whose two moments rest in dtype; a learning rate for each parameter."""
-    groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, rates)]
+    groups = {}
+    for p, lr in zip(parameters, rates):
+        groups.setdefault(lr, {"params": [], "lr": lr})["params"].append(p)
     settings = dict(betas=BETAS, weight_decay=weight_decay)
     if dtype == torch.float32:
-        return torch.optim.AdamW(groups, fused=True, **settings)
-    return CompactAdamW(groups, settings | {"eps": 1e-8, "dtype": dtype})
+        return torch.optim.AdamW(groups.values(), fused=True, **settings)
+    return CompactAdamW(groups.values(), settings | {"eps": 1e-8, "dtype": dtype})
 
 
 def _check_finite(line, norm, batch):

@@ -77,8 +77,8 @@ class Config:
         "", "a task, or several: SDFT on --data makes an expert, the healthy model, which is then "
         "fine-tuned on these (§5.1)", group="history: forgetting (§5.1), bootstrap (§5.3)")
     forget_steps: int = option(20, "steps of that fine-tuning", least=1)
-    forget_lr: float = option(0.0, "its peak learning rate; 0: 1.56e-3 of the blocks' weights' "
-                              "root mean square", least=0)
+    forget_lr: float = option(0.0, "its peak learning rate, meant as --lr; 0: 1.56e-3 of the "
+                              "weights' root mean square (--lora: ten times that)", least=0)
     bootstrap: str = option("", "folder of a larger model that first teaches the healthy one, "
                             "off-policy (§5.3)")
     expert_steps: int = option(25, "steps that make the healthy model, with --forget or "
@@ -107,10 +107,10 @@ class Config:
     steps: int = option(25, "optimizer steps", least=1, group="optimizer (AdamW)")
     batch_size: int = option(16, "prompts a step, one rollout each, shared evenly by the tasks",
                              least=1)
-    lr: float = option(0.0, "peak learning rate of matrices of average size, others' in proportion "
-                       "(--lora: of all); 0: by --lr-fraction", least=0)
-    lr_fraction: float = option(5.2e-4, "peak learning rate as a fraction of each matrix's root "
-                                "mean square (--lora: ten times that of all)", above=0)
+    lr: float = option(0.0, "peak learning rate: of vectors, and on average of matrices, in "
+                       "proportion to their size (--lora: of all); 0: by --lr-fraction", least=0)
+    lr_fraction: float = option(5.2e-4, "the same, as a fraction of the root mean square of the "
+                                "blocks' weights (--lora: ten times that)", above=0)
     warmup: int = option(2, "steps of linear warm-up; the second half of the steps decays to 0",
                          least=0)
     weight_decay: float = option(0.0, "of AdamW", least=0)

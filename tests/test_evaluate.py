@@ -226,11 +226,13 @@ def test_text_tells_metrics_answers_cka_and_provenance():
     assert "task %                        50.00      20.00      41.00                0.70" in lines
     assert "perplexity                    10.00      20.00      12.00         not damaged" in lines
     assert "recovered: task better than before; perplexity WORSE than before the recovery" in lines
-    assert "  kept step 5 of 9 (loss on held-out prompts 0.500 → 0.250)" in lines
+    assert ("  kept step 5 of 9 (loss on held-out prompts 0.500 → 0.250), in the end 1.000"
+            ) in lines
     assert ("the teacher, healthy, on 48 training prompts of task: as it teaches 13 % right; "
             "bare 47 %") in lines
     assert any("the demonstration does not help it" in line for line in lines)
-    assert "learning rate 0.0001, 0.0005 of the weights' root mean square, 0.2" in lines
+    assert ("learning rate 0.0001 on average, 0.0005 of the weights' root mean square, 0.2"
+            ) in lines
     assert "  degraded   It is degraded." in lines
     assert "  linear_debiased recovered  ▁▅█  last 1.0000  mean 0.7500" in lines
     assert sum("A bar is a layer" in line for line in lines) == 1

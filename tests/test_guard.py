@@ -67,10 +67,12 @@ def test_a_model_of_smaller_weights_takes_smaller_steps_by_as_much():
 
 
 def test_each_matrix_takes_steps_in_proportion_to_its_size():
-    """By hand: root mean squares of 2 and 0.5 where lr is meant for 1; a vector takes lr."""
+    """By hand: root mean squares of 2 and 0.5 where lr is meant for 1; a vector takes lr, and none
+    less than a tenth."""
     big, small = torch.tensor([[2.0, -2.0]]), torch.tensor([[0.5], [0.5]])
     vector, zeros = torch.tensor([3.0]), torch.zeros(1, 2)
-    assert sdft.rates([big, small, vector], 0.1, 1.0) == pytest.approx([0.2, 0.05, 0.1])
+    found = sdft.rates([big, small, vector, zeros], 0.1, 1.0)
+    assert found == pytest.approx([0.2, 0.05, 0.1, 0.01])
     assert sdft.rates([big, small, vector, zeros], 0.1, 0.0) == [0.1] * 4
 
 
@@ -269,12 +271,15 @@ def test_the_kept_weights_are_those_of_the_check_and_are_in_the_report(folder, t
     (5, "kept step 5 of 10 (loss on held-out prompts 1.000 → 0.500), in the end 0.400, worse on b "
      "than before"),
     (0, "kept step 0 of 10 (loss on held-out prompts 1.000 → 1.000), in the end 0.400, worse on b "
-     "than before; no step was better: try a smaller --lr")])
+     "than before; no later step was kept: try a smaller --lr")])
 def test_the_line_that_says_what_was_kept_and_why(kept, says):
     checks = [{"step": 0, "all": 1, "a": 1, "b": 1}, {"step": 5, "all": 0.5, "a": 0.4, "b": 1},
               {"step": 10, "all": 0.4, "a": 0.1, "b": 1.1}]
     found = {"watch": "loss", "steps": 10, "checks": checks, "kept": kept, "ended": ""}
     assert evaluate.guard_line(found) == says
+    checks[-1]["all"] = 2.0  # then that alone is why
+    assert kept == 10 or "in the end 2.000" in evaluate.guard_line(found)
+    assert "worse on" not in evaluate.guard_line(found)
 
 
 @pytest.mark.parametrize("recover", ["sdft", "kd", "sft"])

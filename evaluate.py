@@ -387,9 +387,8 @@ def guard_line(found):
             f"{at['all']:.3f})")
     if kept < last["step"] and not found["ended"]:
         line += f", in the end {last['all']:.3f}"
-        if last["all"] < at["all"]:  # then a task forbade it
-            tasks = [name for name in last if name not in ("step", "all")]
-            line += f", worse on {max(tasks, key=lambda k: last[k] - first[k])} than before"
+        if last.get("worse"):
+            line += f", worse on {', '.join(last['worse'])} than before"
         line += "; no later step was kept: try a smaller --lr" if kept == 0 else ""
     return line + (f"; ended early, {found['ended']}" if found["ended"] else "")
 

@@ -51,14 +51,15 @@ def right_answers(evaluation, model, examples, demo):
 class Watch:
     """Called after each step, true when it is time to stop; keeps the best weights so far.
 
-    value(): {name: what is watched, the less the better}, "all" among them, measured before the
-    first step and every `every` steps. The best weights have the lowest "all" of those where, if
-    strict, no part is above where it began (or above FLOOR nats). It is time to stop when "all" is
-    not finite, or FAR above its start; or, with patience, after so many checks without a better
-    one. ended says why, if something went wrong.
+    value(): ({name: what is watched, the less the better}, "all" among them; {task: [n] the same,
+    prompt by prompt}), measured before the first step and every `every` steps. The best weights
+    have the lowest "all" of those where, if strict, no task is worse than where it began, by two
+    paired standard errors. It is time to stop when "all" is not finite, or FAR above its start; or,
+    with patience, after so many checks without a better one. ended says why, if something went
+    wrong.
     """
 
-    FLOOR, FAR = 0.05, 0.5  # nats a token; far: more than twice the start and this
+    FAR = 0.5  # nats a token; far: more than twice the start and this
 
     def __init__(self, student, value, patience=0, strict=False, every=5):
         self.student, self.value, self.strict = student, value, strict
@@ -80,10 +81,12 @@ class Watch:
     def check(self):
         """Measure, and keep the weights if they are the best; true if it is time to stop."""
         began = time.perf_counter()
-        now = self.value()
+        now, prompts = self.value()
+        if not self.checks:
+            self.first = prompts
         self.checks.append({"step": self.steps, **now})
         start, best = self.checks[0], next(c for c in self.checks if c["step"] == self.kept)
-        if self.steps == 0 or now["all"] < best["all"] and self.is_allowed(now):
+        if self.steps == 0 or now["all"] < best["all"] and not self.worse(prompts):
             self.kept = self.steps
             for place, p in zip(self.weights, self.trained()):
                 place.copy_(p)
@@ -94,10 +97,16 @@ class Watch:
         waited = sum(c["step"] > self.kept for c in self.checks)
         return bool(self.ended) or 0 < self.patience <= waited
 
-    def is_allowed(self, now):
-        """Whether no part is worse than before the first step."""
-        start = self.checks[0]
-        return not self.strict or all(now[k] <= max(start[k], self.FLOOR) for k in now)
+    def worse(self, prompts):
+        """The tasks that forbid these weights, noted in the check too."""
+        found = []
+        for task, losses in prompts.items():
+            rise = losses - self.first[task]
+            if self.strict and rise.mean() > 2 * rise.std() / math.sqrt(len(rise)):
+                found.append(task)
+        if found:
+            self.checks[-1]["worse"] = found
+        return found
 
     @torch.no_grad()
     def restore(self, keep="best"):
@@ -129,35 +138,44 @@ def held_out_loss(run, student, lesson):
             parts.append((task, part, answers, t))
 
     def value():
-        sums = {task: torch.zeros(2, dtype=torch.float64) for task in lesson.held_out}
+        found = []  # (task, a prompt's loss, its tokens)
         with parametrize.cached():
             for task, part, answers, t in parts:
                 s = run.score(student, [p.student for p in part], answers)[-1]
-                total = loss_of_states(student, s, teacher, t, answers, sdft.LOSSES[lesson.loss])
-                sums[task] += torch.tensor([total, len(s)], dtype=torch.float64)
-        shares = [sums] if together else parallel.gather([sums])
-        of = {task: sum(one[task] for one in shares) for task in sums}
-        means = {task: (total / n).item() for task, (total, n) in of.items()}
-        total, n = sum(of.values())
+                losses = losses_of(student, s, teacher, t, answers, sdft.LOSSES[lesson.loss])
+                found += [(task, loss, len(y)) for loss, y in zip(losses, answers)]
+        found = found if together else parallel.gather(found)
         parallel.reshard_(student)
-        return {"all": (total / n).item(), **(means if len(means) > 1 else {})}
+        prompts = {task: torch.tensor([loss for of, loss, _ in found if of == task],
+                                      dtype=torch.float64) for task in lesson.held_out}
+        means = {task: mean_over_tokens(found, (task,)) for task in prompts}
+        all_tasks = {"all": mean_over_tokens(found, prompts)}
+        return all_tasks | (means if len(means) > 1 else {}), prompts
     return value
 
 
-def loss_of_states(student, s, teacher, t, answers, loss, chunk=64):
-    """The loss of final states s [N, D] against the teacher's t, a sum over N tokens; without a
-    teacher the cross-entropy of the answers' tokens."""
-    tokens, total = torch.tensor([i for y in answers for i in y], device=s.device), 0.0
-    for rows in torch.arange(len(s), device=s.device).split(chunk):
-        logits = student.head(s[rows])
+def mean_over_tokens(found, tasks):
+    """Mean of [(task, a prompt's loss, its tokens)] over the tokens of these tasks."""
+    of = [(loss, tokens) for task, loss, tokens in found if task in tasks]
+    return sum(loss * n for loss, n in of) / sum(n for _, n in of)
+
+
+def losses_of(student, s, teacher, t, answers, loss):
+    """[n] losses, a prompt each, of final states s [N, D] of N tokens against the teacher's t;
+    without a teacher the cross-entropy of the answers."""
+    lengths, found = [len(y) for y in answers], []
+    theirs = [None] * len(s) if t is None else t.split(lengths)
+    for ours, states, y in zip(s.split(lengths), theirs, answers):
+        logits = student.head(ours)
         if teacher is None:
-            total += F.cross_entropy(logits.float(), tokens[rows], reduction="sum").item()
-            continue
-        theirs = teacher.head(t[rows])
-        v = min(logits.size(-1), theirs.size(-1))  # the ids that both know
-        every = torch.ones(len(rows), device=s.device)
-        total += loss(logits[:, :v], theirs[:, :v], every).item() * len(rows)
-    return total
+            tokens = torch.tensor(y, device=s.device)
+            found.append(F.cross_entropy(logits.float(), tokens).item())
+        else:
+            right = teacher.head(states)
+            v = min(logits.size(-1), right.size(-1))  # the ids that both know
+            every = torch.ones(len(y), device=s.device)
+            found.append(loss(logits[:, :v], right[:, :v], every).item())
+    return found
 
 
 def distance_by_cka(run, student):
@@ -171,5 +189,5 @@ def distance_by_cka(run, student):
         model = parallel.plain_copy(student, dtype)
         states = cka.hidden_states(model, sequences, last=True)
         found = cka.sample_level(states, theirs)["linear_debiased"][-1]
-        return {"all": 1 - parallel.gather([found])[0]}  # one process says for all
+        return {"all": 1 - parallel.gather([found])[0]}, {}  # one process says for all
     return value

@@ -101,8 +101,9 @@ class Watch:
         """The tasks that forbid these weights, noted in the check too."""
         found = []
         for task, losses in prompts.items():
-            rise = losses - self.first[task]
-            if self.strict and rise.mean() > 2 * rise.std() / math.sqrt(len(rise)):
+            rise, n = losses - self.first[task], len(losses)
+            noise = rise.std().item() / math.sqrt(n) if n > 1 else math.inf
+            if self.strict and rise.mean().item() > 2 * noise:
                 found.append(task)
         if found:
             self.checks[-1]["worse"] = found
@@ -163,19 +164,15 @@ def mean_over_tokens(found, tasks):
 def losses_of(student, s, teacher, t, answers, loss):
     """[n] losses, a prompt each, of final states s [N, D] of N tokens against the teacher's t;
     without a teacher the cross-entropy of the answers."""
-    lengths, found = [len(y) for y in answers], []
-    theirs = [None] * len(s) if t is None else t.split(lengths)
-    for ours, states, y in zip(s.split(lengths), theirs, answers):
-        logits = student.head(ours)
-        if teacher is None:
-            tokens = torch.tensor(y, device=s.device)
-            found.append(F.cross_entropy(logits.float(), tokens).item())
-        else:
-            right = teacher.head(states)
-            v = min(logits.size(-1), right.size(-1))  # the ids that both know
-            every = torch.ones(len(y), device=s.device)
-            found.append(loss(logits[:, :v], right[:, :v], every).item())
-    return found
+    lengths = [len(y) for y in answers]
+    ours = student.head(s).split(lengths)
+    if teacher is None:
+        targets = [torch.tensor(y, device=s.device) for y in answers]
+        return [F.cross_entropy(x.float(), y).item() for x, y in zip(ours, targets)]
+    theirs = teacher.head(t).split(lengths)
+    v = min(ours[0].size(-1), theirs[0].size(-1))  # the ids that both know
+    every = [torch.ones(n, device=s.device) for n in lengths]
+    return [loss(x[:, :v], y[:, :v], m).item() for x, y, m in zip(ours, theirs, every)]
 
 
 def distance_by_cka(run, student):

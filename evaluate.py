@@ -175,12 +175,21 @@ def change(before, after, metric):
     difference = after.items[metric] - before.items[metric]
     if metric.startswith("perplexity"):
         difference = -difference  # nats: less is better
-    n = len(difference)
-    noise = difference.std().item() / math.sqrt(n) if n > 1 else math.inf
-    mean = difference.mean().item()
+    mean, noise = mean_and_noise(difference)
     if not math.isfinite(mean):
         return "better" if after.items[metric].isfinite().all() else "worse"
-    return "better" if mean > 2 * noise else "worse" if mean < -2 * noise else "same"
+    return "better" if mean > noise else "worse" if mean < -noise else "same"
+
+
+def mean_and_noise(difference):
+    """The mean of paired differences [n], and two of its standard errors: inf for fewer than two.
+
+    >>> mean_and_noise(torch.tensor([1.0, 1, 1]))
+    (1.0, 0.0)
+    """
+    n = len(difference)
+    noise = 2 * difference.std().item() / math.sqrt(n) if n > 1 else math.inf
+    return difference.mean().item(), noise
 
 
 def recovered_fraction(healthy, degraded, recovered, metric):

@@ -5,7 +5,6 @@ A teacher that answers worse with the demonstration before it than without would
 step size that does not fit a model ruins it without a word. So `check_teacher` counts the teacher's
 right answers, and a `Watch` measures the student every few steps on prompts it never trains on.
 """
-import math
 import time
 
 import torch
@@ -32,9 +31,8 @@ def check_teacher(evaluation, teacher, samples, demo):
     for task, examples in samples.items():
         shown = right_answers(evaluation, teacher, examples, demo)
         bare = shown if demo == "none" else right_answers(evaluation, teacher, examples, "none")
-        gain = shown - bare
-        noise = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
-        helps = gain.mean().item() > 2 * noise or shown.mean().item() >= 0.9
+        gain, noise = evaluate.mean_and_noise(shown - bare)
+        helps = gain > noise or shown.mean().item() >= 0.9
         found[task] = {"shown": 100 * shown.mean().item(), "bare": 100 * bare.mean().item(),
                        "examples": len(examples), "helps": helps or demo == "none"}
     return found
@@ -101,9 +99,8 @@ class Watch:
         """The tasks that forbid these weights, noted in the check too."""
         found = []
         for task, losses in prompts.items():
-            rise, n = losses - self.first[task], len(losses)
-            noise = rise.std().item() / math.sqrt(n) if n > 1 else math.inf
-            if self.strict and rise.mean().item() > 2 * noise:
+            rise, noise = evaluate.mean_and_noise(losses - self.first[task])
+            if self.strict and rise > noise:
                 found.append(task)
         if found:
             self.checks[-1]["worse"] = found

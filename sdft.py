@@ -280,8 +280,7 @@ def steps(model, batches, *, lr=1e-4, weights_rms=0.0, warmup=2, weight_decay=0.
         cache.close()  # the weights that were computed for this step are done with
         if reduce:
             reduce(parameters, line)
-        norm = clip_grad_norm_(parameters, clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
+        norm = of_all_shares(clip_grad_norm_(parameters, clip))
         line = {"step": schedule.last_epoch, **line, "lr": lr * part(schedule.last_epoch)}
         _check_finite(line, norm, batch)
         optimizer.step()
@@ -323,8 +322,7 @@ def rates(parameters, lr, weights_rms):
     found = []
     for p in parameters:
         if weights_rms and p.dim() == 2:
-            norm = torch.linalg.vector_norm(p.detach(), dtype=torch.float64)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded
+            norm = of_all_shares(torch.linalg.vector_norm(p.detach(), dtype=torch.float64))
             size = norm.item() / math.sqrt(p.numel()) / weights_rms
             found.append(lr * max(size, 0.1))
         else:
@@ -332,10 +330,15 @@ def rates(parameters, lr, weights_rms):
     return found
 
 
-def adamw(parameters, rates, weight_decay, dtype):
-    """AdamW (1711.05101) whose two moments rest in dtype; a learning rate for each parameter."""
+def of_all_shares(norm):
+    """A norm as a plain tensor, of a sharded model, too."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def adamw(parameters, lrs, weight_decay, dtype):
+    """AdamW (1711.05101) whose two moments rest in dtype; lrs: each parameter's learning rate."""
     groups = {}
-    for p, lr in zip(parameters, rates):
+    for p, lr in zip(parameters, lrs):
         groups.setdefault(lr, {"params": [], "lr": lr})["params"].append(p)
     settings = dict(betas=BETAS, weight_decay=weight_decay)
     if dtype == torch.float32:

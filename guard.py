@@ -59,7 +59,7 @@ class Watch:
 
     FAR = 0.5  # nats a token; far: more than twice the start and this
 
-    def __init__(self, student, value, patience=0, strict=False, every=5):
+    def __init__(self, student, value, patience=0, strict=False, every=7):
         self.student, self.value, self.strict = student, value, strict
         self.patience, self.every, self.steps = patience, every, 0
         self.checks, self.kept, self.ended, self.seconds = [], 0, "", 0.0

@@ -120,7 +120,7 @@ class Config:
                        "weights are trained", least=0)
     lora_alpha: float = option(32.0, "the update is scaled by alpha / rank")
 
-    watch: str = option("loss", "what is measured every five steps of a training: the loss on 16 "
+    watch: str = option("loss", "what is measured every seven steps of a training: the loss on 16 "
                         "held-out prompts a task, or 1 - CKA with the healthy model over training "
                         "examples (§6)", choices=["loss", "cka"], group="guard")
     keep: str = option("best", "the weights of the best of these checks, that before the first "

@@ -148,7 +148,7 @@ FEW = ("--steps 2 --expert-steps 1 --forget-steps 1 --batch-size 4 --cka-samples
     "--degrade wanda2:4,int4 --no-symmetric --loss reverse_kl --train-embeddings "
     "--gradient-checkpointing --data tooluse,text",
     "--degrade int4 --ema 0.1 --cka-weight 1 --cka-balance --adam-dtype bfloat16 "
-    "--watch cka --patience 1 --steps 5",
+    "--watch cka --patience 1 --steps 7",
     "--degrade int4 --eval {choices} --dtype float32 --micro-batch 2",
     "--student {folder} --degrade nf4 --teacher {folder} --demo none --temperature 0",
     "--bootstrap {folder} --degrade ffn10 --importance weight --recover none,sdft --data science",

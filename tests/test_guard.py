@@ -269,7 +269,7 @@ def test_the_kept_weights_are_those_of_the_check_and_are_in_the_report(folder, t
                "--degrade", "int2") == 0
     found, said = results(tmp_path)["guard"]["recovered"], capsys.readouterr().out
     checks = {c["step"]: c["all"] for c in found["checks"]}
-    assert sorted(checks) == [0, 5, 10] and found["ended"] == ""
+    assert sorted(checks) == [0, 7, 10] and found["ended"] == ""
     assert f"kept step {found['kept']} of 10" in said
     run = prepared(folder, tmp_path / "again", "--dtype", "float32", "--degrade", "int2")
     run.teachers["healthy"] = run.teachers["base"]

@@ -341,12 +341,15 @@ def watch_of(run, student, lesson):
     c, stages = run.config, run.stages
     if not lesson.held_out:
         return None
+    began = time.perf_counter()
     damaged = stages.get("degraded") is not stages.get("healthy")
     if lesson.recovery and c.watch == "cka":
         value = guard.distance_by_cka(run, student)
     else:
         value = guard.held_out_loss(run, student, lesson)
-    return guard.Watch(student, value, c.patience, strict=lesson.recovery and damaged)
+    watch = guard.Watch(student, value, c.patience, strict=lesson.recovery and damaged)
+    watch.seconds = time.perf_counter() - began
+    return watch
 
 
 def trainable_(c, student, base):

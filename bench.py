@@ -37,7 +37,7 @@ def options(argv=None):
     add("--new-tokens", type=int, default=48, help="tokens of each rollout [48]")
     add("--steps", type=int, default=5, help="steps timed; the median is shown [5]")
     add("--warmup", type=int, default=3, help="steps before those [3]")
-    add("--degrade", default="int4", help="int2 … int8 or none: our student's grid [int4]")
+    add("--degrade", default="int4", help="int4, nf4 … or none: our student's grid [int4]")
     add("--device", default="cpu", choices=["cpu", "cuda"], help="[cpu]")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
         help="as train.py's [auto]")

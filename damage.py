@@ -34,7 +34,7 @@ def hold_at_zero(student, match, c, sequences):
 
 
 def put_on_grid(student, match, c, sequences):
-    """int4, nf4: every linear of the blocks; how many weights."""
+    """int4, nf4, nvfp4: every linear of the blocks; how many weights."""
     group_size = c.group_size or None
     n = quant.quantize_(student, match["scheme"], group_size, c.symmetric, c.double_quant)
     return {"weights_quantized": n}
@@ -45,7 +45,7 @@ def put_on_grid(student, match, c, sequences):
 DAMAGES = {
     r"ffn(?P<percent>\d+)?": remove_neurons,
     r"(?P<method>magnitude|wanda)((?P<n>\d+):(?P<m>\d+)|(?P<percent>\d+))?": hold_at_zero,
-    r"(?P<scheme>int[2-8]|nf4)": put_on_grid,
+    r"(?P<scheme>int[2-8]|nf4|nvfp4|mxfp4)": put_on_grid,
 }
 
 
@@ -75,7 +75,7 @@ def _hint(scheme):
         return "it is now --forget TASK"
     if scheme and Path(scheme).is_dir():
         return "a damaged model is now --student DIR"
-    return "choose of ffn10, magnitude30, wanda30, wanda2:4, int4, nf4, or none"
+    return "choose of ffn10, magnitude30, wanda30, wanda2:4, int4, nf4, nvfp4, mxfp4, or none"
 
 
 def check_groups(config, c):
@@ -88,7 +88,10 @@ def check_groups(config, c):
     for what, match in damages:
         if what is hold_at_zero and match["m"]:
             sizes[f"{match[0]}: its groups of {match['m']} do"] = int(match["m"])
-        if what is put_on_grid and match["scheme"] != "nf4" and c.group_size:
+        scheme = match["scheme"] if what is put_on_grid else ""
+        if scheme in quant.FP4_BLOCK:
+            sizes[f"{scheme}: its blocks of {quant.FP4_BLOCK[scheme]} do"] = quant.FP4_BLOCK[scheme]
+        if scheme.startswith("int") and c.group_size:
             sizes[f"group_size {c.group_size} does"] = c.group_size
     multiple, d_ff = math.lcm(*sizes.values()), config.d_ff
     if any(what is remove_neurons for what, _ in damages):

@@ -62,8 +62,8 @@ class Config:
 
     degrade: str = option(
         "", "by commas: ffn10 (percent of the neurons removed), magnitude30, wanda30 (percent of "
-        "the weights held at zero), magnitude2:4, wanda2:4, int2 … int8, nf4; or none [int4; none "
-        "with --student, --forget or --bootstrap]", group="damage (§5.2)")
+        "the weights held at zero), magnitude2:4, wanda2:4, int2 … int8, nf4, nvfp4, mxfp4; or "
+        "none [int4; none with --student, --forget or --bootstrap]", group="damage (§5.2)")
     student: str = option("", "folder of a damaged model of one's own, to be recovered")
     group_size: int = option(64, "inputs that share a quantization scale; 0: one scale per output "
                              "channel", least=0)

@@ -248,6 +248,9 @@ def test_other_tasks_losses_and_files(folder, tmp_path, capsys):
     ("nf4", {"weights_quantized": 18_432}),
     ("ffn", {"neurons": 128, "neurons_removed": 12}),
     ("wanda2:4,nf4", {"weights_held_at_zero": 9_216, "weights_quantized": 18_432}),
+    ("ffn50,wanda,mxfp4", {"neurons": 128, "neurons_removed": 64, "weights_held_at_zero": None,
+                           "weights_quantized": 12_288}),
+    ("wanda,nvfp4", {"weights_held_at_zero": None, "weights_quantized": 18_432}),
     ("int4,wanda,ffn50", {"neurons": 128, "neurons_removed": 64, "weights_held_at_zero": None,
                           "weights_quantized": 12_288})])
 def test_damages_compose_and_are_counted(damage, counts, folder, tmp_path, capsys):

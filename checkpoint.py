@@ -196,11 +196,17 @@ def save_model(model, folder):
     tensors = {key: torch.cat(ws).to(widest) for key, ws in parts.items()}
     tensors = {key: (w.T if transposed[key] else w).contiguous() for key, w in tensors.items()}
     folder, dtype = Path(folder), str(widest).removeprefix("torch.")
+    part = folder / "model.safetensors.part"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
-    write_json(folder / "config.json",
-               {**config_json(model.config), "torch_dtype": dtype, "dtype": dtype})
-    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+        write_json(folder / "config.json",
+                   {**config_json(model.config), "torch_dtype": dtype, "dtype": dtype})
+        os.replace(part, folder / "model.safetensors")
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"cannot write {part}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path, value):

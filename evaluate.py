@@ -5,6 +5,7 @@ In this order: accuracy, by answering or by choosing, and perplexity; likeness t
 """
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -601,6 +602,13 @@ def draw(results, steps, path):
         figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
+
+
+def any_terminal():
+    """From now on, what a terminal has no character for is printed as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def find_pyplot():

@@ -67,6 +67,7 @@ class RunFailed(Exception):
 
 def main(argv=None):
     """The command line; returns the exit code: 2 for a user's mistake, 1 for a run that failed."""
+    evaluate.any_terminal()
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["report"]:

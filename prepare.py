@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Run:
     shown: dict = dataclasses.field(default_factory=dict)    # stage -> a step, token by token
     asked: dict = dataclasses.field(default_factory=dict)    # teacher -> guard.check_teacher
     guard: dict = dataclasses.field(default_factory=dict)    # stage -> checks, kept, ended
+    lines: list = dataclasses.field(default_factory=list)    # of metrics.jsonl
     healthy_states: dict | None = None                       # for CKA
 
 
@@ -93,7 +95,7 @@ def prepare(c):
               facts(folder, student, tasks, evaluation, texts) | rates, score, backward, generate)
     check_lengths(run, context)
     if parallel.rank() == 0:
-        prepare_out(Path(c.out))
+        prepare_out(Path(c.out), 4 * run.facts["parameters"] * len(recoveries))
     return run
 
 
@@ -368,9 +370,10 @@ def facts(folder, student, tasks, evaluation, texts):
             "text_window": len(windows[0]), "context_length": student.config.context_length}
 
 
-def prepare_out(out):
+def prepare_out(out, size):
     """Make --out, last of all, and take away an earlier run's results, which a run that dies would
-    leave standing."""
+    leave standing. OSError if it cannot be written to, or has no room for students of this many
+    bytes."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").unlink(missing_ok=True)
@@ -378,3 +381,7 @@ def prepare_out(out):
     except OSError as error:
         why = f"{error.strerror}; choose another folder"
         raise OSError(f"cannot write to --out {out}: {why}") from None
+    free = shutil.disk_usage(out).free
+    if free < size:
+        raise OSError(f"--out {out}: {free / 1e9:.1f} GB are free there and the students take "
+                      f"{size / 1e9:.1f}: choose another folder")

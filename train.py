@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import math
 import os
 import platform
@@ -21,6 +20,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -271,7 +271,7 @@ def teach(run, student, lesson):
     student = trainable_(c, student, run.teachers["base"])
     ask_teacher(run, lesson)
     teacher = teacher_of(run, lesson)
-    with timed(run.seconds, lesson.stage + " training"), log_of(c, lesson.stage, writer) as log:
+    with timed(run.seconds, lesson.stage + " training"), log_of(run, lesson.stage, writer) as log:
         watch = watch_of(run, student, lesson)
         first = show_step(run, student, teacher, lesson)
         settings = dict(
@@ -415,12 +415,16 @@ def timed(seconds, name):
 
 
 @contextlib.contextmanager
-def log_of(c, stage, writer):
-    """A function that writes a dictionary as a line of metrics.jsonl; nowhere if not the writer."""
-    path = Path(c.out) / "metrics.jsonl" if writer else os.devnull
-    with open(path, "a", encoding="utf-8") as file:
+def log_of(run, stage, writer):
+    """A function that keeps a dictionary in run.lines and writes it as a line of metrics.jsonl;
+    neither if not the writer. A line that cannot be written ends nothing."""
+    path = Path(run.config.out) / "metrics.jsonl" if writer else os.devnull
+    with open(path, "ab", buffering=0) as file:
         def log(line):
-            print(evaluate.to_json({"stage": stage, **line}), file=file, flush=True)
+            line = {"stage": stage, **line}
+            run.lines.append(line)
+            with contextlib.suppress(OSError):  # a full disk: what it still holds is known later
+                file.write((evaluate.to_json(line) + "\n").encode())
         yield log
 
 
@@ -461,35 +465,61 @@ def environment(run):
     return found
 
 
-def save(run, results, students):
-    """DIR/student (a folder that this project and transformers load), of several one each, and
-    DIR/results.json."""
-    out = Path(run.config.out)
-    for stage, student in students.items():
-        folder = out / stage.replace("recovered", "student")
-        student.save_pretrained(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                     "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
-            if (run.folder / name).exists():
-                shutil.copy(run.folder / name, folder / name)
+def finish(run, results, students):
+    """Write and show what came of a run, the small things first.
+
+    What cannot be written, on a full disk say, takes nothing else with it: OSError names it, when
+    all the rest is there.
+    """
+    out, absent, failed = Path(run.config.out), [], []
+    folders = {stage.replace("recovered", "student") + "/": s for stage, s in students.items()}
+    parts = {"results.json": lambda: write_results(out, results),
+             "the report": lambda: show(run, results),
+             "report.png": lambda: evaluate.draw(results, run.lines, out / "report.png")}
+    for name, student in folders.items():
+        parts[name] = partial(save_student, run.folder, student, out / name)
+    for name, write in parts.items():
+        try:
+            if write() is False:
+                absent.append(name)
+        except OSError as error:
+            absent.append(name)
+            failed.append(f"{name} ({error.strerror or error})")
+    left = [name for name in ("results.json", "metrics.jsonl", *folders, "report.png")
+            if name not in absent]
+    if failed:
+        raise OSError(f"{', '.join(failed)} could not be written; in {out} is {', '.join(left)}")
+    print(f"wrote {out}/{', '.join(left)}")
+
+
+def write_results(out, results):
+    """DIR/results.json, whole or not at all."""
     text = evaluate.to_json(results, indent=1) + "\n"
-    (out / "results.json.part").write_text(text, encoding="utf-8")
-    os.replace(out / "results.json.part", out / "results.json")
+    try:
+        (out / "results.json.part").write_text(text, encoding="utf-8")
+        os.replace(out / "results.json.part", out / "results.json")
+    finally:
+        (out / "results.json.part").unlink(missing_ok=True)
 
 
-def show(run, results, students):
-    """Print the report, draw report.png, and say what was written."""
-    out = Path(run.config.out)
-    print(evaluate.text(results, {name: m.answers for name, m in run.stages.items()}))
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    drawn = evaluate.draw(results, lines, out / "report.png")
-    folders = [stage.replace("recovered", "student") + "/" for stage in students]
-    written = ["metrics.jsonl", *folders, *(["report.png"] if drawn else [])]
-    print(f"wrote {out}/results.json, {', '.join(written)}")
+def show(run, results):
+    """Print the report."""
+    print(evaluate.text(results, {name: m.answers for name, m in run.stages.items()}), flush=True)
+
+
+def save_student(source, student, folder):
+    """DIR/student: a folder that this project and transformers load, with the tokenizer of
+    source."""
+    student.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                 "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
+        if (source / name).exists():
+            shutil.copy(source / name, folder / name)
 
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for a user's mistake."""
+    evaluate.any_terminal()
     config = parse(argv)
     config.device = parallel.start(config.device)
     try:
@@ -502,7 +532,7 @@ def main(argv=None):
             results, students = execute(run)
             ended = any(found["ended"] for found in run.guard.values())
             if parallel.rank() == 0:
-                save(run, results, students)
+                finish(run, results, students)
     except OSError as error:
         return complain(error, 2)
     except sdft.Diverged as error:
@@ -513,8 +543,6 @@ def main(argv=None):
         if isinstance(stopped, KeyboardInterrupt):
             why = "interrupted"
         return complain(f"{why}; {config.out}/results.json and student/ were not written", 1)
-    if parallel.rank() == 0:
-        show(run, results, students)
     parallel.stop()
     return int(ended and parallel.rank() == 0)  # torchrun ends the others when one has failed
 

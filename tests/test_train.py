@@ -400,7 +400,7 @@ def test_future_work_of_section_6(folder, tmp_path):
     assert all(0 < line["cka"] < 1 for line in logged(tmp_path / "cka"))
     assert job(folder, tmp_path / "stop", "--watch", "cka", "--patience", "1", "--steps", "40",
                "--lr", "3e-2", "--keep", "best") == 0
-    assert len(logged(tmp_path / "stop")) in range(5, 40, 5)
+    assert len(logged(tmp_path / "stop")) in range(7, 40, 7)
     guard = results(tmp_path / "stop")["guard"]["recovered"]
     assert guard["watch"] == "cka" and guard["kept"] < guard["checks"][-1]["step"]
 

@@ -54,21 +54,37 @@ class Watch:
     have the lowest "all" of those where, if strict, no task is worse than where it began, by two
     paired standard errors. It is time to stop when "all" is not finite, or FAR above its start; or,
     with patience, after so many checks without a better one. ended says why, if something went
-    wrong.
+    wrong. past: the state() of one that this one goes on from.
     """
 
     FAR = 0.5  # nats a token; far: more than twice the start and this
 
-    def __init__(self, student, value, patience=0, strict=False, every=7):
+    def __init__(self, student, value, patience=0, strict=False, every=7, past=None):
         self.student, self.value, self.strict = student, value, strict
         self.patience, self.every, self.steps = patience, every, 0
         self.checks, self.kept, self.ended, self.seconds = [], 0, "", 0.0
         self.weights = [torch.empty_like(p, device="cpu") for p in self.trained()]
-        self.check()
+        if past:
+            self.go_on(past)
+        else:
+            self.check()
 
     def __call__(self):
         self.steps += 1
         return self.steps % self.every == 0 and self.check()
+
+    def state(self):
+        """What a checkpoint holds of it: no weights where the best are those of now."""
+        best = None if self.kept == self.steps else self.weights
+        numbers = {name: getattr(self, name) for name in ("steps", "checks", "kept", "seconds")}
+        return numbers | {"first": self.first, "weights": best}
+
+    @torch.no_grad()
+    def go_on(self, past):
+        best = past["weights"] or self.trained()
+        vars(self).update({name: value for name, value in past.items() if name != "weights"})
+        for place, p in zip(self.weights, best):
+            place.copy_(p)
 
     def trained(self):
         """The parameters that training changes; of a sharded student this process's shares."""

@@ -96,6 +96,12 @@ def first():
             dist.barrier()
 
 
+def wait():
+    """Until all processes are here."""
+    if size() > 1:
+        dist.barrier()
+
+
 def share(items):
     """This process's items, a contiguous part of them."""
     return items[len(items) * rank() // size():len(items) * (rank() + 1) // size()]

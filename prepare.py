@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +61,14 @@ class Run:
     asked: dict = dataclasses.field(default_factory=dict)    # teacher -> guard.check_teacher
     guard: dict = dataclasses.field(default_factory=dict)    # stage -> checks, kept, ended
     lines: list = dataclasses.field(default_factory=list)    # of metrics.jsonl
+    measured: dict = dataclasses.field(default_factory=dict)  # stages, by an earlier process
+    trained: list = dataclasses.field(default_factory=list)  # stages whose student is saved
+    training: dict | None = None                             # of an earlier process, unfinished
+    saves: int = 0                                           # how many checkpoints were written
+    checkpoint: Path | None = None                           # their folder
+    identity: dict | None = None                             # what makes this run this run
+    lock: int | None = None                                  # on --out
+    interrupt: object = None                                 # resume.Interrupt
     healthy_states: dict | None = None                       # for CKA
 
 
@@ -94,8 +101,6 @@ def prepare(c):
               calibration_of(c, tokenizer, tasks), evaluation, samples_of(c, tasks),
               facts(folder, student, tasks, evaluation, texts) | rates, score, backward, generate)
     check_lengths(run, context)
-    if parallel.rank() == 0:
-        prepare_out(Path(c.out), 4 * run.facts["parameters"] * len(recoveries))
     return run
 
 
@@ -368,20 +373,3 @@ def facts(folder, student, tasks, evaluation, texts):
             "eval_examples": {name: len(examples) for name, examples in splits.items()},
             "text_sha256": sha256(texts["perplexity"]), "text_tokens": sum(map(len, windows)),
             "text_window": len(windows[0]), "context_length": student.config.context_length}
-
-
-def prepare_out(out, size):
-    """Make --out, last of all, and take away an earlier run's results, which a run that dies would
-    leave standing. OSError if it cannot be written to, or has no room for students of this many
-    bytes."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").unlink(missing_ok=True)
-        (out / "metrics.jsonl").write_text("")
-    except OSError as error:
-        why = f"{error.strerror}; choose another folder"
-        raise OSError(f"cannot write to --out {out}: {why}") from None
-    free = shutil.disk_usage(out).free
-    if free < size:
-        raise OSError(f"--out {out}: {free / 1e9:.1f} GB are free there and the students take "
-                      f"{size / 1e9:.1f}: choose another folder")

@@ -19,7 +19,6 @@ Nothing in this file knows how the student was damaged. Parametrized weights (qu
 computed once a step, and the rollout and the update use the same ones.
 """
 import contextlib
-import functools
 import math
 import time
 from typing import NamedTuple
@@ -159,7 +158,7 @@ def backward(loss, student, s, teacher, t, tokens, chunk=64):
 
 def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka_weight=0.0,
             cka_balance=False, micro_batch=16, stop=None, share=list, score=score,
-            backward=backward, **optimization):
+            backward=backward, memory=None, **optimization):
     """SDFT: teach the student back from its teacher's view of its own rollouts; trains in place.
 
     batches: lists of `Prompt`. rollout(student, prompts) -> completions, lists of ids; None: the
@@ -168,8 +167,9 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
     the batch. ema, cka_weight, cka_balance: see the head of this file. The rest goes to `steps`.
     """
     teacher.eval().requires_grad_(False)  # the paper's teacher is static
-    phi, with_cka = average_of(teacher, student) if ema else {}, cka_weight > 0
-    for batch, update in steps(student, batches, **optimization):
+    memory = {"step": 0} if memory is None else memory
+    phi, with_cka = average_of(teacher, student, memory) if ema else {}, cka_weight > 0
+    for batch, update in steps(student, batches, memory=memory, **optimization):
         answers = [p.answer for p in batch]
         if rollout:                                                     # 1. rollout: on-policy
             answers = rollout(student, [p.student for p in batch])
@@ -217,12 +217,17 @@ def sft(model, batches, *, micro_batch=16, stop=None, share=list, score=score, *
     return model
 
 
-def average_of(teacher, student):
-    """phi, {name: weight} of a teacher that is to follow the student. In float32: in bfloat16 a
-    step of 1 % would round to none. ValueError if the two are not of one shape."""
+@torch.no_grad()
+def average_of(teacher, student, memory):
+    """phi, {name: weight} of a teacher that is to follow the student, kept in memory["phi"]; of a
+    training that goes on, what phi was. In float32: in bfloat16 a step of 1 % would round to none.
+    ValueError if the two are not of one shape."""
     if teacher.config != student.config:
         raise ValueError("a teacher can only follow a student of its own shape")
-    return {name: p.float() for name, p in teacher.named_parameters()}
+    phi = memory.setdefault("phi", {name: p.float() for name, p in teacher.named_parameters()})
+    for name, p in teacher.named_parameters():
+        p.copy_(phi[name])
+    return phi
 
 
 @torch.no_grad()
@@ -262,35 +267,36 @@ BETAS = 0.9, 0.95
 
 
 def steps(model, batches, *, lr=1e-4, weights_rms=0.0, warmup=2, weight_decay=0.0, clip=1.0,
-          adam_dtype=torch.float32, log=None, progress="recover", cached=True, reduce=None):
+          adam_dtype=torch.float32, log=None, progress="recover", cached=True, reduce=None,
+          memory=None):
     """(batch, update) for each batch: the caller adds up .grad, then calls update(line), once.
 
     update clips the gradient, takes a step of AdamW in place (or raises Diverged), and gives log
     the line (loss, tokens, …) with step, lr, grad_norm, and the seconds up to here. lr, shared out
-    by `rates`, warms up linearly, and decays to 0 over the second half. AdamW's moments rest in
-    adam_dtype; progress names the bar, if any. Within a step parametrized weights are computed
-    once, with their graph (unless cached is False). reduce(parameters, line) sums over processes.
+    by `rates`, warms up linearly, and decays to 0 over the second half. progress names the bar, if
+    any. Within a step parametrized weights are computed once, with their graph (unless cached is
+    False). reduce(parameters, line) sums over processes. memory {"step", "rates", "moments"}, see
+    `adamw`, is what a training knows beside its weights: with an earlier one's it goes on.
     """
+    memory = {"step": 0} if memory is None else memory
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(parameters, rates(parameters, lr, weights_rms), weight_decay, adam_dtype)
-    part = functools.partial(part_of_peak, warmup=warmup, n=len(batches))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, part)
+    optimizer = adamw(parameters, memory, lr, weights_rms, weight_decay, adam_dtype)
 
     def update(line):
         cache.close()  # the weights that were computed for this step are done with
         if reduce:
             reduce(parameters, line)
         norm = of_all_shares(clip_grad_norm_(parameters, clip))
-        line = {"step": schedule.last_epoch, **line, "lr": lr * part(schedule.last_epoch)}
+        part = part_of_peak(memory["step"], warmup, len(batches))
+        line = {"step": memory["step"], **line, "lr": lr * part}
         _check_finite(line, norm, batch)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        seconds = time.perf_counter() - began
-        _report(line | {"grad_norm": norm.item(), "seconds": seconds}, bar, log)
+        _take_step(optimizer, part)
+        memory["step"] += 1
+        _report(line | {"grad_norm": norm.item(), "seconds": time.perf_counter() - began}, bar, log)
 
     model.train()
-    bar = tqdm(batches, desc=progress, unit="step", disable=not progress)
+    done, n = memory["step"], len(batches)
+    bar = tqdm(batches[done:], progress, n, unit="step", initial=done, disable=not progress)
     try:
         for batch in bar:
             began = time.perf_counter()
@@ -335,15 +341,32 @@ def of_all_shares(norm):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def adamw(parameters, lrs, weight_decay, dtype):
-    """AdamW (1711.05101) whose two moments rest in dtype; lrs: each parameter's learning rate."""
+def adamw(parameters, memory, lr, weights_rms, weight_decay, dtype):
+    """AdamW (1711.05101) whose two moments rest in dtype.
+
+    memory takes, or has from an earlier training, each parameter's peak learning rate, "rates", and
+    its "moments".
+    """
+    memory["rates"] = memory.get("rates") or rates(parameters, lr, weights_rms)
     groups = {}
-    for p, lr in zip(parameters, lrs):
-        groups.setdefault(lr, {"params": [], "lr": lr})["params"].append(p)
+    for p, peak in zip(parameters, memory["rates"]):
+        groups.setdefault(peak, {"params": [], "lr": peak, "peak": peak})["params"].append(p)
     settings = dict(betas=BETAS, weight_decay=weight_decay)
     if dtype == torch.float32:
-        return torch.optim.AdamW(groups.values(), fused=True, **settings)
-    return CompactAdamW(groups.values(), settings | {"eps": 1e-8, "dtype": dtype})
+        optimizer = torch.optim.AdamW(groups.values(), fused=True, **settings)
+    else:
+        optimizer = CompactAdamW(groups.values(), settings | {"eps": 1e-8, "dtype": dtype})
+    optimizer.state.update(zip(parameters, memory.get("moments", [])))
+    memory["moments"] = [optimizer.state[p] for p in parameters]
+    return optimizer
+
+
+def _take_step(optimizer, part):
+    """At this part of the peak learning rates."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * part
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _check_finite(line, norm, batch):

@@ -29,6 +29,7 @@ import evaluate
 import guard
 import parallel
 import quant
+import resume
 import sdft
 from damage import damage_, parse_damage
 from data import DEMOS
@@ -59,6 +60,9 @@ class Config:
     dtype: str = option("auto", "of computation; what is trained is float32 (auto: bfloat16 where "
                         "the processor is made for it)", choices=["auto", "float32", "bfloat16"])
     out: str = option("out", "folder for results.json, metrics.jsonl, student/ and report.png")
+    save_every: int = option(21, "steps of a training between two checkpoints, with which the same "
+                             "command goes on after an interruption; 0: there are none", least=0)
+    resume: bool = option(True, "go on with the unfinished run that is in --out, or start anew")
 
     degrade: str = option(
         "", "by commas: ffn10 (percent of the neurons removed), magnitude30, wanda30 (percent of "
@@ -257,33 +261,39 @@ def make_degraded(run, student):
 
 def measure(run, stage, model):
     """Measure a model under this name; of the healthy one keep what CKA compares with."""
-    progress = f"measure {stage}" if parallel.rank() == 0 else ""
+    progress, known = f"measure {stage}" if parallel.rank() == 0 else "", stage in run.measured
     with timed(run.seconds, stage):
-        run.stages[stage] = evaluate.measure(run.evaluation, model, run.healthy_states, progress)
+        if known:  # by an earlier process of this run
+            run.stages[stage] = run.measured[stage]
+        else:
+            run.stages[stage] = evaluate.measure(run.evaluation, model, run.healthy_states,
+                                                 progress)
         if stage == "healthy":
             run.healthy_states = evaluate.states_of(run.evaluation, model)
+    if not known:
+        resume.save(run)
 
 
 def teach(run, student, lesson):
     """The student, trained as the lesson says, as a plain float32 model: the best of its weights,
     by what is watched on the way."""
-    c, writer = run.config, parallel.rank() == 0
+    c, stage = run.config, lesson.stage
+    if stage in run.trained:  # by an earlier process of this run
+        return resume.trained(run, student, stage)
     student = trainable_(c, student, run.teachers["base"])
+    past = resume.resumed(run, student, stage)
     ask_teacher(run, lesson)
-    teacher = teacher_of(run, lesson)
-    with timed(run.seconds, lesson.stage + " training"), log_of(run, lesson.stage, writer) as log:
-        watch = watch_of(run, student, lesson)
-        first = show_step(run, student, teacher, lesson)
-        settings = dict(
-            lr=lesson.lr, weights_rms=0 if c.lora else run.facts["weights_rms"], warmup=c.warmup,
-            weight_decay=c.weight_decay, clip=c.clip, stop=watch,
-            adam_dtype=getattr(torch, c.adam_dtype), micro_batch=c.micro_batch, log=log,
-            progress=lesson.stage if writer else "", score=run.score,
-            share=parallel.share, reduce=parallel.reduce_, cached=not c.shard)
-        if lesson.recovery and lesson.how != "sft":
-            settings |= dict(ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance)
+    teacher, generator = teacher_of(run, lesson), torch.Generator()
+    memory = past.get("memory", {"step": 0})
+    generator.set_state(past["generator"]) if past else generator.manual_seed(c.seed)
+    with timed(run.seconds, f"{stage} training") as so_far, log_of(run, stage) as log:
+        watch = watch_of(run, student, lesson, past.get("watch"))
+        first = past["first"] if past else show_step(run, student, teacher, lesson)
+        now = partial(resume.snapshot, stage, student, memory, generator, watch, first)
+        settings = settings_of(run, lesson, memory, log, stop_of(run, lesson, watch, now, so_far))
         try:
-            learn(run, student, teacher, lesson, settings)
+            with run.interrupt.whole_steps(held=c.save_every):
+                learn(run, student, teacher, lesson, settings, generator)
         except sdft.Diverged as error:
             if not watch:
                 raise
@@ -293,16 +303,47 @@ def teach(run, student, lesson):
             keep_best(run, watch, lesson)
         if first:
             last = show_step(run, student, teacher, lesson)
-            run.shown[lesson.stage] = {"first": first, "last": last}
-    return parallel.plain_copy(student, torch.float32)
+            run.shown[stage] = {"first": first, "last": last}
+    student = parallel.plain_copy(student, torch.float32)
+    resume.keep(run, stage, student)
+    run.interrupt.leave_if_asked()
+    return student
 
 
-def learn(run, student, teacher, lesson, settings):
+def stop_of(run, lesson, watch, now, so_far):
+    """stop() of a training: whether a step was its last. now() is its state, saved now and then."""
+    def stop():
+        if watch and watch():
+            return True
+        state, every = now(), run.config.save_every
+        step = state["memory"]["step"]
+        if run.interrupt.asked or every and step % every == 0 and step < len(lesson.batches):
+            run.seconds[f"{lesson.stage} training"] = so_far()
+            resume.save(run, state)
+        run.interrupt.leave_if_asked()
+    return stop
+
+
+def settings_of(run, lesson, memory, log, stop):
+    """What sdft.recover and sdft.sft are told beside student, teacher and prompts."""
+    c = run.config
+    settings = dict(
+        lr=lesson.lr, weights_rms=0 if c.lora else run.facts["weights_rms"], warmup=c.warmup,
+        weight_decay=c.weight_decay, clip=c.clip, stop=stop, memory=memory,
+        adam_dtype=getattr(torch, c.adam_dtype), micro_batch=c.micro_batch, log=log,
+        progress=lesson.stage if parallel.rank() == 0 else "", score=run.score,
+        share=parallel.share, reduce=parallel.reduce_, cached=not c.shard)
+    if lesson.recovery and lesson.how != "sft":
+        settings |= dict(ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance)
+    return settings
+
+
+def learn(run, student, teacher, lesson, settings, generator):
     """The training itself, by sdft.py."""
     if lesson.how == "sft":
         sdft.sft(student, lesson.batches, **settings)
     else:
-        rollout = rollout_of(run) if lesson.how == "sdft" else None
+        rollout = rollout_of(run, generator) if lesson.how == "sdft" else None
         sdft.recover(student, teacher, lesson.batches, rollout, loss=sdft.LOSSES[lesson.loss],
                      backward=run.backward, **settings)
 
@@ -336,8 +377,9 @@ def teacher_of(run, lesson):
     return teacher
 
 
-def watch_of(run, student, lesson):
-    """What watches this training, or None: a forgetting is to do damage."""
+def watch_of(run, student, lesson, past):
+    """What watches this training, or None: a forgetting is to do damage. past: what watched it in
+    an earlier process."""
     c, stages = run.config, run.stages
     if not lesson.held_out:
         return None
@@ -347,8 +389,9 @@ def watch_of(run, student, lesson):
         value = guard.distance_by_cka(run, student)
     else:
         value = guard.held_out_loss(run, student, lesson)
-    watch = guard.Watch(student, value, c.patience, strict=lesson.recovery and damaged)
-    watch.seconds = time.perf_counter() - began
+    strict = lesson.recovery and damaged
+    watch = guard.Watch(student, value, c.patience, strict, past=past)
+    watch.seconds = time.perf_counter() - began + (past["seconds"] if past else 0)
     return watch
 
 
@@ -373,10 +416,8 @@ def trainable_(c, student, base):
     return student
 
 
-def rollout_of(run):
+def rollout_of(run, generator):
     """rollout(student, prompts): the student's own answers, made in shares on all processes."""
-    generator = torch.Generator().manual_seed(run.config.seed)
-
     def rollout(student, prompts):
         mine = parallel.share(range(len(prompts)))
         return parallel.gather(answers(run, student, prompts, generator, mine))
@@ -408,17 +449,21 @@ def show_step(run, student, teacher, lesson):
 
 @contextlib.contextmanager
 def timed(seconds, name):
-    """seconds[name] = how long the body took."""
-    began = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - began
+    """seconds[name] = how long the body took, in all processes of this run; so_far() is that, in
+    the body."""
+    began = time.perf_counter() - seconds.get(name, 0.0)
+
+    def so_far():
+        return time.perf_counter() - began
+    yield so_far
+    seconds[name] = so_far()
 
 
 @contextlib.contextmanager
-def log_of(run, stage, writer):
+def log_of(run, stage):
     """A function that keeps a dictionary in run.lines and writes it as a line of metrics.jsonl;
-    neither if not the writer. A line that cannot be written ends nothing."""
-    path = Path(run.config.out) / "metrics.jsonl" if writer else os.devnull
+    the file is process 0's. A line that cannot be written ends nothing."""
+    path = Path(run.config.out) / "metrics.jsonl" if parallel.rank() == 0 else os.devnull
     with open(path, "ab", buffering=0) as file:
         def log(line):
             line = {"stage": stage, **line}
@@ -520,31 +565,38 @@ def save_student(source, student, folder):
 def main(argv=None):
     """The command line; returns the exit code, 2 for a user's mistake."""
     evaluate.any_terminal()
-    config = parse(argv)
+    config, run, code = parse(argv), None, None
     config.device = parallel.start(config.device)
     try:
-        with parallel.watching_peers():
+        with parallel.watching_peers(), resume.Interrupt().caught() as interrupt:
             try:
                 check_bounds(config)
                 run = prepare(config)
+                resume.begin(run)
             except ValueError as error:
                 return complain(error, 2)
+            run.interrupt = interrupt
             results, students = execute(run)
-            ended = any(found["ended"] for found in run.guard.values())
             if parallel.rank() == 0:
                 finish(run, results, students)
+            code = int(any(found["ended"] for found in run.guard.values()))
+    except resume.Finished as finished:
+        print(finished)
+        return 0
     except OSError as error:
         return complain(error, 2)
     except sdft.Diverged as error:
         return complain(f"{error}, and nothing watched this training: no results were written; "
                         "try a smaller --lr, of forgetting --forget-lr", 1)
     except (parallel.PeerLost, KeyboardInterrupt) as stopped:
-        why = "another process of this run has died"
-        if isinstance(stopped, KeyboardInterrupt):
-            why = "interrupted"
-        return complain(f"{why}; {config.out}/results.json and student/ were not written", 1)
+        what = "interrupted" if isinstance(stopped, KeyboardInterrupt) else \
+            "another process of this run has died"
+        return complain(f"{what}; {resume.how_to_go_on(config, run)}", 1)
+    finally:
+        if run:
+            resume.end(run, done=code is not None)
     parallel.stop()
-    return int(ended and parallel.rank() == 0)  # torchrun ends the others when one has failed
+    return code if parallel.rank() == 0 else 0  # torchrun ends the others when one has failed
 
 
 def complain(error, code):

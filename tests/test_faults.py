@@ -39,7 +39,9 @@ def test_a_full_disk_costs_what_does_not_fit_and_nothing_else(folder, tmp_path):
     assert "recovered fraction" in out.decode()  # the report
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["stages"]["recovered"]
+    assert b"a checkpoint could not be written" in err
     left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    left -= {path.name for path in (tmp_path / "out" / "checkpoint").iterdir()}  # it is not done
     assert left <= {"results.json", "metrics.jsonl", "report.png", "config.json"}
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -76,7 +78,7 @@ def test_a_reader_that_goes_away_loses_the_report_alone(folder, tmp_path):
 def test_a_disk_that_is_too_full_is_said_before_anything_is_computed(folder, tmp_path, monkeypatch,
                                                                     capsys):
     full = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("prepare.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr("resume.shutil.disk_usage", lambda path: full)
     options = ["--model", str(folder), "--out", str(tmp_path / "out"), *QUICK.split()]
     assert train.main(options) == 2
     assert "GB are free there and the students take" in capsys.readouterr().err

@@ -95,7 +95,8 @@ def test_a_run_that_is_ended_early_says_so_in_one_line_and_leaves_no_results(
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert launcher is TORCHRUN or "Traceback" not in error
-    assert [p.name for p in out.iterdir()] == ["metrics.jsonl"]
+    assert f"the same command goes on from {out}/checkpoint" in lines[0]
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "metrics.jsonl"]
 
 
 def wait_for_steps(started, log):

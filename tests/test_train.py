@@ -180,8 +180,8 @@ def test_a_step_shows_the_first_rollout_and_what_the_student_says_in_the_end(
     """The tokens of the run's own first rollout; at the end, those of the saved student."""
     rollouts, rollout_of = [], train.rollout_of
 
-    def spied(run):
-        rollout = rollout_of(run)
+    def spied(*asked):
+        rollout = rollout_of(*asked)
 
         def spy(student, prompts):
             rollouts.append((prompts, rollout(student, prompts)))

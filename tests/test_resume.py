@@ -1,0 +1,222 @@
+"""A run that is broken off goes on to the same end, to the last bit: its losses, weights, numbers.
+
+Most runs here "die" by an exception as a checkpoint has been written; some are real processes that
+are killed, whenever.
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GPT2, QWEN2, make_folder
+from safetensors import safe_open
+
+import resume
+import train
+
+ROOT = Path(train.__file__).parent
+QUICK = ("--steps 7 --batch-size 4 --rollout-tokens 5 --eval-tokens 4 --eval-limit 4 --cka-samples "
+         "4 --group-size 16 --teacher-check 2 --calibration 4 --lr 1e-3 --save-every 2").split()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {"llama": make_folder(root / "llama"), "gpt2": make_folder(root / "gpt2", **GPT2),
+            "qwen2": make_folder(root / "qwen2", **QWEN2),
+            "larger": make_folder(root / "larger", seed=3, d_ff=96)}
+
+
+class Died(BaseException):
+    """The process, at this point."""
+
+
+def left_by(out):
+    """What a finished run leaves that does not depend on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+    r = json.loads((out / "results.json").read_text())
+    numbers = {name: r[name] for name in ("stages", "change", "teacher", "cka", "cka_layers",
+                                          "step")}
+    guard = {stage: {k: v for k, v in found.items() if k != "seconds"}
+             for stage, found in r["guard"].items()}
+    weights = {p.parent.name: p.read_bytes() for p in sorted(out.glob("student*/*.safetensors"))}
+    return lines, numbers, guard, weights
+
+
+def run(out, *options):
+    return train.main(["--out", str(out), *QUICK, *map(str, options)])
+
+
+RUNS = {
+    "sdft": "--ema 0.1 --adam-dtype bfloat16", "kd and sft": "--recover kd,sft --keep last",
+    "lora": "--lora 2 --dtype bfloat16",
+    "compressed": "--model {gpt2} --degrade ffn50,wanda,nf4 --teacher healthy,base",
+    "cka": "--watch cka --patience 3 --cka-weight 0.5",
+    "forgetting": "--forget tooluse --forget-steps 3 --expert-steps 5 --plain",
+    "bootstrap": "--model {qwen2} --bootstrap {larger} --expert-steps 5 --degrade int4"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_dies_goes_on_to_the_same_end(name, folders, tmp_path, monkeypatch):
+    """It dies as its fourth checkpoint is written, goes on, dies at a third, and goes on."""
+    options = RUNS[name].format(**folders).split()
+    options = options if "--model" in options else ["--model", folders["llama"], *options]
+    assert run(tmp_path / "whole", *options) == 0
+    for life in (4, 3):
+        saves = iter(range(1, life + 1))
+
+        def save_and_die(*state, save=resume.save, saves=saves, life=life):
+            save(*state)
+            if next(saves) == life:
+                raise Died
+        with monkeypatch.context() as dying, pytest.raises(Died):
+            dying.setattr(resume, "save", save_and_die)
+            run(tmp_path / "broken", *options)
+    assert run(tmp_path / "broken", *options) == 0
+    assert left_by(tmp_path / "broken") == left_by(tmp_path / "whole")
+    left = {path.name for path in (tmp_path / "broken").iterdir()}
+    assert left == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert "checkpoint" not in left and "results.json" in left
+
+
+def test_another_run_is_refused_by_the_options_that_differ(folders, tmp_path, monkeypatch, capsys):
+    out, model = tmp_path / "out", ["--model", folders["llama"]]
+    with monkeypatch.context() as dying:
+        dying.setattr(train, "teach", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(out, *model)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(out, *model, "--seed", "3", "--lora", "2") == 2
+    error = capsys.readouterr().err
+    assert "unfinished run with other --lora, --seed: go on" in error and "--no-resume" in error
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(out, *model, "--seed", "3", "--no-resume") == 0
+    assert not (out / "checkpoint").exists()
+
+
+def test_a_finished_run_says_so_and_leaves(folders, tmp_path, capsys):
+    options = tmp_path / "out", "--model", folders["llama"]
+    assert run(*options) == 0
+    before = left_by(tmp_path / "out")
+    (tmp_path / "out" / "student" / "mark").touch()
+    assert run(*options) == 0
+    assert "holds this run, finished: --no-resume does it again" in capsys.readouterr().out
+    assert (tmp_path / "out" / "student" / "mark").exists()
+    assert run(*options, "--no-resume") == 0 and left_by(tmp_path / "out") == before
+    assert run(*options, "--seed", "1") == 0 and left_by(tmp_path / "out") != before
+
+
+def test_save_every_0_writes_no_checkpoint(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "write", lambda *_: 1 / 0)
+    assert run(tmp_path / "out", "--model", folders["llama"], "--save-every", "0") == 0
+
+
+def test_two_runs_do_not_share_a_folder(folders, tmp_path, capsys):
+    held = resume.lock(tmp_path / "out")
+    assert run(tmp_path / "out", "--model", folders["llama"]) == 2
+    assert "another run is at work in --out" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+    os.close(held)
+    assert run(tmp_path / "out", "--model", folders["llama"]) == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "empty"])
+def test_a_broken_checkpoint_is_said_in_one_line(damage, folders, tmp_path, monkeypatch, capsys):
+    options = tmp_path / "out", "--model", folders["llama"]
+    with monkeypatch.context() as dying:
+        dying.setattr(train, "teach", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*options)
+    state, = (tmp_path / "out" / "checkpoint").glob("*.safetensors")
+    whole = state.read_bytes()
+    state.write_bytes({"cut": whole[:-9], "empty": b"",
+                       "other": (folders["llama"] / "model.safetensors").read_bytes()}[damage])
+    assert run(*options) == 2
+    assert "not a checkpoint of this project" in capsys.readouterr().err
+    assert run(*options, "--no-resume") == 0
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    """Another reader of safetensors reads it, too."""
+    state = {"a": torch.randn(3, 4), "b": [torch.arange(5), {"c": torch.tensor(1.5).bfloat16()}],
+             "n": 0.1 + 0.2, "nan": float("inf"), "text": "½", "none": None, "empty": torch.ones(0),
+             "rows": torch.randn(4, 6).T, "bytes": torch.zeros(3, dtype=torch.uint8)}
+    resume.write(tmp_path / "state.safetensors", state)
+    found = resume.read(tmp_path / "state.safetensors")
+    assert found.keys() == state.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+    for name in ("n", "nan", "text", "none"):
+        assert found[name] == state[name]
+    pairs = [(found[k], state[k]) for k in ("a", "empty", "rows", "bytes")]
+    pairs += [(found["b"][0], state["b"][0]), (found["b"][1]["c"], state["b"][1]["c"])]
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    with safe_open(tmp_path / "state.safetensors", framework="np") as file:
+        assert (file.get_tensor("0") == state["a"].numpy()).all()
+
+
+# ------------------------------------------------------------------------------- real processes
+
+def start(out, folder, before=""):
+    command = f"{before} exec {sys.executable} train.py --out {out} --model {folder} "
+    command += " ".join(QUICK) + " --steps 40"
+    return subprocess.Popen(["bash", "-c", command], cwd=ROOT, stderr=subprocess.PIPE,
+                            stdout=subprocess.DEVNULL, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for(process, path, lines):
+    until = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < until:
+        if path.exists() and path.read_text().count("\n") >= lines:
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("which, before", [
+    (signal.SIGINT, ""), (signal.SIGTERM, ""), (signal.SIGINT, "trap '' INT;")],
+    ids=["ctrl-c", "term", "ctrl-c ignored by the shell"])
+def test_who_is_asked_to_stop_saves_first(which, before, folders, tmp_path):
+    process = start(tmp_path / "out", folders["llama"], before)
+    wait_for(process, tmp_path / "out" / "metrics.jsonl", 5)
+    process.send_signal(which)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Traceback" not in error
+    line, = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert line == ("error: interrupted; the same command goes on from "
+                    f"{tmp_path / 'out' / 'checkpoint'}")
+    steps = len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    latest = json.loads((tmp_path / "out" / "checkpoint" / "latest.json").read_text())["saves"]
+    state = resume.read(tmp_path / "out" / "checkpoint" / f"{latest}-0.safetensors")
+    assert state["training"]["memory"]["step"] == steps == len(state["lines"])
+
+
+KILLS = int(os.environ.get("KILLS", 3))
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_end(folders, tmp_path):
+    """KILLS=30 python -m pytest tests/test_resume.py -k random is the long form."""
+    whole, broken, draw = tmp_path / "whole", tmp_path / "broken", random.Random(0)
+    began = time.monotonic()
+    assert start(whole, folders["llama"]).wait() == 0
+    length, kills = time.monotonic() - began, 0
+    while kills < KILLS:
+        process = start(broken, folders["llama"])
+        try:
+            process.wait(timeout=draw.uniform(0.3, 1) * length)
+            assert process.returncode == 0  # it came to its end: begin again
+            assert left_by(broken) == left_by(whole)
+            broken = tmp_path / f"broken{kills}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    process = start(broken, folders["llama"])
+    assert process.wait() == 0 and left_by(broken) == left_by(whole)

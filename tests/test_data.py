@@ -260,7 +260,7 @@ BAD_ROWS = {
     "a string": '"response"',
     "a number": "3",
     "response not text": {"prompt": "a", "response": 5},
-    "prompt not text": {"prompt": [{"role": "user", "content": "a"}], "response": "b"},
+    "prompt not text": {"prompt": 5, "response": "b"},
     "answer too large": {"prompt": "a", "choices": ["b", "c"], "answer": 2},
     "answer negative": {"prompt": "a", "choices": ["b", "c"], "answer": -1},
     "answer a letter": {"prompt": "a", "choices": ["b", "c"], "answer": "A"},

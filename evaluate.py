@@ -137,8 +137,9 @@ def best_choice(model, tokenizer, example, score):
 def choice_scores(model, tokenizer, example, score):
     """Log-likelihood of each continuation after its context, a list.
 
-    It is per character, since continuations differ in length. Whole sentences, which have no
-    context, get the sum (BLiMP). The first token needs one that predicts it, too: where a context
+    It is per character of the choice's own text, without the blank put before it, since choices
+    differ in length: acc_norm of lm-evaluation-harness. Whole sentences, which have no context, get
+    the sum (BLiMP). The first token needs one that predicts it, too: where a context
     is empty, the token that separates documents stands for it.
     """
     contexts, continuations = zip(*example.choices)
@@ -152,7 +153,7 @@ def choice_scores(model, tokenizer, example, score):
     sums = [part.sum().item() for part in logp.split([len(t) for t in targets])]
     if not any(contexts):
         return sums
-    return [total / len(text) for total, text in zip(sums, continuations)]
+    return [total / len(text.removeprefix(" ")) for total, text in zip(sums, continuations)]
 
 
 def nats(model, windows):

@@ -92,7 +92,7 @@ def test_levels_of_cka_are_those_of_the_estimators(small):
     [("ab", " xyz"), ("", " xyz")]])
 def test_best_choice_is_the_likeliest_one(choices, small):
     """Checked against plain forwards, where an empty context is the separator of documents; whole
-    sentences count in all."""
+    sentences count in all. The blank before a choice is no character of it."""
     student, tokenizer = small
     example, scores = Example("", choices=choices), []
     tokenizer.added["<|endoftext|>"] = separator = 7
@@ -100,7 +100,7 @@ def test_best_choice_is_the_likeliest_one(choices, small):
         c, t = tokenizer.encode(context) or [separator], tokenizer.encode(continuation)
         with torch.no_grad():
             logp = student(torch.tensor([c + t])).float().log_softmax(-1)[0]
-        characters = len(continuation) if any(context for context, _ in choices) else 1
+        characters = len(continuation) - 1 if any(context for context, _ in choices) else 1
         scores.append(sum(logp[len(c) + i - 1, t[i]].item() for i in range(len(t))) / characters)
     chosen = evaluate.best_choice(student, tokenizer, example, sdft.score)
     assert chosen == scores.index(max(scores))

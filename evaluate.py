@@ -115,7 +115,14 @@ def nats_of(model, windows, done):
 
 
 def answer_tokens(evaluation, examples):
-    """How many tokens an answer to these examples may take."""
+    """How many tokens an answer to these examples may take.
+
+    ValueError where no demonstration says it: an end of turn alone would never be a right answer.
+    """
+    if not evaluation.eval_tokens and not any(e.response for e in examples):
+        where = examples[0].where and f"{examples[0].where}: "
+        raise ValueError(f"{where}no demonstration says how long an answer may be: give "
+                         "--eval-tokens, such as 1024")
     longest = max(len(evaluation.tokenizer.answer(e.response)) for e in examples)
     return evaluation.eval_tokens or longest
 

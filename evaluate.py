@@ -201,9 +201,10 @@ def mean_and_noise(difference):
 
 
 def recovered_fraction(healthy, degraded, recovered, metric):
-    """(recovered - degraded) / (healthy - degraded); None where nothing was lost.
+    """(recovered - degraded) / (healthy - degraded); None where nothing was lost, or nobody knows.
 
-    Something was lost if degraded is worse than healthy by two paired standard errors.
+    Something was lost if degraded is worse than healthy by two paired standard errors. A single
+    item has none, so that of one nothing can be said.
 
     >>> healthy, degraded, recovered = [Measurement({"task": torch.tensor(right)}, [], {}, [])
     ...     for right in ([1.0, 1, 1, 1, 1], [0.0, 0, 0, 0, 1], [1.0, 1, 0, 0, 1])]
@@ -358,7 +359,7 @@ def metric_lines(results, width):
     for metric in stages["healthy"]:
         row = "".join(f"{values[metric]:{width}.2f}" for values in stages.values())
         found = [fraction[metric] for fraction in fractions.values()]
-        shown = ", ".join("not damaged" if f is None else f"{f:.2f}" for f in found)
+        shown = ", ".join(not_damaged(results, metric) if f is None else f"{f:.2f}" for f in found)
         lines.append(f"{metric_title(metric):24}{row}  {shown:>18}")
     return lines
 
@@ -368,6 +369,12 @@ def recovered_fractions(results):
     found = results["recovered_fraction"]
     several = isinstance(next(iter(found.values())), dict)
     return found if several else {"recovered": found}
+
+
+def not_damaged(results, metric):
+    """What is said where there is no recovered fraction: of one example there can be none."""
+    one = results["environment"].get("eval_examples", {}).get(metric) == 1
+    return "one row: unknown" if one else "not damaged"
 
 
 def metric_title(metric):
@@ -537,6 +544,8 @@ def provenance_lines(results):
             f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} "
             f"(text {e['text_sha256']}); train data {e['data_sha256']}; "
             f"eval data {e['eval_sha256']} {e['eval_examples']}",
+            *(f"{n} training rows of {task} left out: another file measures the same questions"
+              for task, n in e.get("left_out", {}).items()),
             f"seed {config['seed']}; {sum(seconds.values()) / 60:.1f} minutes ({parts}), "
             f"peak memory {peak:.1f} GiB, {config['dtype']}, {e['processor']}, "
             f"{e['processes']} x {e['threads']} threads"]

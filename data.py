@@ -14,7 +14,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rows import is_rows, read_prose, read_rows, same_answer, same_json
+from rows import is_data, is_rows, read_prose, read_rows, same_answer, same_json
 from tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Tokenizer", "load_tokenizer", "same_answer"]  # callers find them here too
@@ -274,7 +274,7 @@ def load_task(name, measured_only=False):
 
 def is_text(name):
     """Whether load_task would read this as text to continue, which has no questions."""
-    return name == "text" or Path(name).is_file() and not is_rows(name)
+    return name == "text" or Path(name).is_file() and not is_data(name)
 
 
 def _rows_task(path, measured_only):

@@ -38,6 +38,11 @@ def is_rows(path):
     return Path(path).suffix.lower() in ROWS
 
 
+def is_data(path):
+    """Whether a file is rows, or data that is not read, by its suffix."""
+    return is_rows(path) or Path(path).suffix.lower() in CONVERT
+
+
 def read_text(path):
     """The text of a UTF-8 file without its byte-order mark; ValueError if there is none."""
     raw = Path(path).read_bytes()
@@ -163,6 +168,7 @@ def _reason(error):
 SYNONYMS = {"question": "prompt", "completion": "response", "answerKey": "answer"}
 UNREAD = ("context passage document documents history tools functions tool_calls image images "
           "audio video videos chosen rejected").split()  # they would change what is asked
+NOTHING = None, "", [], {}
 
 
 def _form(row):
@@ -181,7 +187,7 @@ def _form(row):
         found = ", ".join(key if row[key] is not None else f"{key} (null)" for key in row)
         raise ValueError(f"the keys {found or '(none)'} are not those of one form: {KNOWN}")
     for key in UNREAD:
-        if row.get(key):
+        if row.get(key) not in NOTHING:
             raise ValueError(f'"{key}" is not read: put what belongs to the question into the '
                              "prompt, and leave the key out")
     return renamed, READERS[frozenset(renamed)]
@@ -249,7 +255,8 @@ def _turns(value, name):
 def _turn(turn, name):
     if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
         raise ValueError(f'{name} must be an object with "role" and "content"')
-    further = [key for key in turn if key not in ("role", "content", "id") and turn[key]]
+    further = [key for key in turn if key not in ("role", "content", "id")
+               and turn[key] not in NOTHING]
     if further:
         raise ValueError(f'"{further[0]}" in {name} is not read: leave it out')
     if turn["role"] not in ("system", "user", "assistant"):
@@ -283,9 +290,10 @@ def _system(value):
 def _answered(value, name="response"):
     """{"response", "check"} of a demonstration: text, or one turn of the assistant."""
     if isinstance(value, list):
-        if len(value) != 1 or (turn := _turn(value[0], f'"{name}"'))["role"] != "assistant":
-            raise ValueError(f'"{name}" must be text, or one turn of the assistant')
-        value = turn["content"]
+        roles = [turn.get("role") if isinstance(turn, dict) else None for turn in value]
+        if roles != ["assistant"]:
+            raise ValueError(f'"{name}" must be text, or a list of one turn, the assistant\'s')
+        value = _turn(value[0], f'"{name}"')["content"]
     return {"response": _text(value, f'"{name}"'), "check": same_answer(value)}
 
 

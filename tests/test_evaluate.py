@@ -240,6 +240,22 @@ def test_text_tells_metrics_answers_cka_and_provenance():
     assert not any("A step, shown" in line for line in lines)
 
 
+def test_of_one_lost_row_nobody_knows_whether_it_was_damage():
+    """One item has no standard error; two that are both lost have, and it is 0."""
+    def measured(*right):
+        return Measurement({"task": torch.tensor(right)}, [], {}, [])
+    one = evaluate.recovered_fraction(measured(1.), measured(0.), measured(1.), "task")
+    assert one is None
+    two = [measured(*right) for right in ([1., 1], [0., 0], [1., 0])]
+    assert evaluate.recovered_fraction(*two, "task") == 0.5
+    found = made_up(step=False)
+    found["recovered_fraction"]["task"] = one
+    for n, says in ((1, "one row: unknown"), (2, "not damaged")):
+        found["environment"]["eval_examples"] = {"task": n}
+        line = next(x for x in evaluate.text(found, ANSWERS).splitlines() if x.startswith("task"))
+        assert line.endswith("  " + says)
+
+
 def test_a_step_is_shown_in_columns_before_recovery_beside_after():
     lines = evaluate.text(made_up(), ANSWERS).splitlines()
     start = lines.index("> user What is the chemical symbol of tin? assistant")

@@ -115,12 +115,17 @@ def read_rows(path):
     found = {}
     for where, row in _located(path, read_text(path)):
         try:
-            own, read = _form(row)
-            arguments = read(own) | {"where": where}
+            own, arguments = _read(row)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        found.setdefault(json.dumps(own, sort_keys=True), arguments)
+            raise ValueError(f"{where}: {_printable(str(error))}") from None
+        found.setdefault(json.dumps(own, sort_keys=True), arguments | {"where": where})
     return list(found.values())
+
+
+def _printable(text):
+    """The text on one line, whatever keys and values it names."""
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
+                  lambda found: ascii(found[0])[1:-1], text)
 
 
 def _located(path, text):
@@ -131,14 +136,16 @@ def _located(path, text):
         whole, line = None, getattr(error, "lineno", 1)
         if text.lstrip().startswith("[") and not str(error).startswith("Extra data"):
             raise ValueError(f"{path}:{line}: not JSON: {_reason(error)}") from None
-    if isinstance(whole, dict) and not KEYS & whole.keys():
-        lists = [key for key, value in whole.items() if isinstance(value, list)]
+    if isinstance(whole, dict) and not {None, *KEYS} & whole.keys():
+        lists = [key for key, value in whole.items() if isinstance(value, list)
+                 and (not value or isinstance(value[0], dict) and KEYS & value[0].keys())]
         if len(lists) > 1:
             several = ", ".join(lists)
             raise ValueError(f"{path}: several lists, {several}: save each as a file of its own")
         whole = whole[lists[0]] if lists else whole
-    if isinstance(whole, dict):
-        return [(f"{path}:1", whole)]
+    if isinstance(whole, dict):  # one row, on lines of its own
+        line = text[:text.index("{")].count("\n") + 1
+        return [(f"{path}:{line}", whole)]
     if isinstance(whole, list):
         if not whole:
             raise ValueError(f"{path}: the file is empty: it has no rows")
@@ -171,8 +178,8 @@ UNREAD = ("context passage document documents history tools functions tool_calls
 NOTHING = None, "", [], {}
 
 
-def _form(row):
-    """(what is read of a row, under the names of FORMS; the function that reads it).
+def _read(row):
+    """(what is read of a row, under the names of FORMS; the arguments of its Example).
 
     Nulls and further keys (ids, sources) are left out. ValueError for the keys of no form, or of
     more than one, and for what is not JSON or not text, at any depth.
@@ -190,7 +197,13 @@ def _form(row):
         if row.get(key) not in NOTHING:
             raise ValueError(f'"{key}" is not read: put what belongs to the question into the '
                              "prompt, and leave the key out")
-    return renamed, READERS[frozenset(renamed)]
+    try:
+        return renamed, READERS[frozenset(renamed)](renamed)
+    except ValueError as error:
+        said = str(error)
+        for key in own.keys() & names.keys():  # name the key that stands in the file
+            said = said.replace(f'"{names[key]}"', f'"{key}"')
+        raise ValueError(said) from None
 
 
 def _check_values(value):
@@ -365,7 +378,7 @@ def _several(values, name):
     texts = [_text(value, f'number {n} of "{name}"').strip() for n, value in enumerate(values)]
     twice = [text for text, n in Counter(texts).items() if n > 1]
     if twice:
-        raise ValueError(f'"{name}" has {json.dumps(twice[0], ensure_ascii=False)} twice')
+        raise ValueError(f'"{name}" has {json.dumps(twice[0][:60], ensure_ascii=False)} twice')
     return texts
 
 
@@ -373,7 +386,8 @@ def _index(answer, n, labels=None):
     """The place of the right choice, from 0, by its index, or by its label where there are any."""
     if isinstance(answer, str) and labels:
         if answer.strip() not in labels:
-            raise ValueError(f'no choice has the label "{answer}": there are {", ".join(labels)}')
+            raise ValueError(f'no choice has the label "{answer[:60]}": there are '
+                             f'{", ".join(labels)}')
         return labels.index(answer.strip())
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise ValueError(f'"answer" must be the index of a choice, a whole number, not '
@@ -406,8 +420,8 @@ def tools(row):
             raise ValueError('a call of "golden_answer" must have "Action" and "Action_Input"')
         _text(call["Action"], '"Action"')
         _text(call["Action_Input"], '"Action_Input"', empty=True)
-    if not isinstance(texts, list) or "golden_response" in row and not texts:
-        raise ValueError('"golden_response" must be a list of texts, one or more')
+    if not isinstance(texts, list):
+        raise ValueError('"golden_response" must be a list of texts')
     texts = [_text(text, 'a text of "golden_response"') for text in texts]
     return _asked(row["prompt"]) | {"response": "\n".join(texts), "check": same_calls(calls)}
 
@@ -418,9 +432,8 @@ FORMS = {  # the keys of a row -> how it is read
     "instruction output": instructed, "instruction input output": instructed,
     "messages output_text": science, "prompt golden_answer": tools,
     "prompt golden_answer golden_response": tools}
-READERS = {frozenset(form.split()): read for form, read in FORMS.items()}
-READERS |= {keys | {"system"}: read for keys, read in READERS.items()
-            if read in (demonstrated, instructed)}
+READERS = {frozenset([*form.split(), *system]): read for form, read in FORMS.items()
+           for system in ([], ["system"]) if not system or read in (demonstrated, instructed)}
 QUESTION = {"question", "answer"}  # both texts
 KEYS = {*SYNONYMS, *frozenset().union(*READERS)}
 KNOWN = "known are " + ", ".join(

@@ -1,6 +1,7 @@
 """rows.py: every form that is read and what comes of it; whatever is none is refused with file and
 line; files that are no rows; how answers are graded. All rows are invented."""
 import json
+import random
 import re
 import zipfile
 
@@ -118,6 +119,12 @@ REFUSED = {  # what is wrong: the row, and what is said
     "a list": ({"prompt": "a", "response": ["b"]}, '"response" must be text'),
     "an empty prompt": ({"prompt": "", "response": "b"}, '"prompt" is empty'),
     "a blank response": ({"prompt": "a", "response": " \n"}, '"response" is empty'),
+    "a number for a completion": (
+        {"prompt": "a", "completion": 5}, '"completion" must be text, not a number'),
+    "a number for an answer": (
+        {"question": "a", "answer": 5}, '"answer" must be text, not a number'),
+    "a number for a question": (
+        {"question": 5, "choices": ["a", "b"], "answer": 0}, '"question" must be text'),
     "a system of numbers": ({"prompt": "a", "response": "b", "system": 1}, '"system" must be text'),
     "an empty instruction": ({"instruction": "", "output": "b"}, '"instruction" is empty'),
     "an input of numbers": ({"instruction": "a", "input": 1, "output": "b"}, '"input"'),
@@ -134,6 +141,9 @@ REFUSED = {  # what is wrong: the row, and what is said
     "a key twice, deep": ('{"prompt": "a", "response": "b", "x": [{"y": 1, "y": 1}]}', '"y"'),
     "a number of 5000 digits": ('{"prompt": "a", "response": "b", "x": %s}' % ("1" * 5000), "JSON"),
     "nested too deeply": (DEEP, "not a line of JSON"),
+    "a key of half a pair twice": ('{"\\ud83d": 1, "\\ud83d": 2}', "\\ud83d"),
+    "a key of two lines twice": ('{"a\\nb": 1, "a\\nb": 2}', "stands twice"),
+    "an unknown key of two lines": ({"a\nb\u2028c": "d"}, r"a\nb\u2028c are not"),
     "half a line": ('{"prompt": "a", "respon', "not a line of JSON"),
     "two on a line": ('{"prompt": "a", "response": "b"} {}', "not a line of JSON"),
     "a list for a row": ([{"prompt": "a", "response": "b"}], "must be an object, not a list"),
@@ -154,7 +164,7 @@ REFUSED = {  # what is wrong: the row, and what is said
     "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen"),
     "a system beside choices": ({**CHOICE, "system": "b"}, "system"),
     "a system beside turns": ({"prompt": [USER], "response": "1", "system": "b"}, '"system"'),
-    "ShareGPT": ({"conversations": [{"from": "human", "value": "a"}]}, "conversations"),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "a"}]}, "keys conversations"),
     # turns
     "no turns": (turns(), '"messages" is empty'),
     "text for turns": ({"messages": "a"}, '"messages" must be a list of turns, not text'),
@@ -226,6 +236,7 @@ REFUSED = {  # what is wrong: the row, and what is said
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_none_of_the_forms_is_refused_with_file_and_line(what, tmp_path):
+    """Whether the file is split or measured as a whole."""
     row, says = REFUSED[what]
     path = jsonl(tmp_path / "bad.jsonl", {"prompt": "x", "response": "y"}, "", row)
     for measured_only in (False, True):
@@ -233,6 +244,45 @@ def test_what_is_none_of_the_forms_is_refused_with_file_and_line(what, tmp_path)
             load_task(path, measured_only)
         said = str(refused.value)
         assert said.startswith(f"{path}:3: ") and says in said and "\n" not in said, said
+
+
+def test_a_single_row_is_refused_with_its_line(tmp_path):
+    for text in ('{"prompt": "a"}', json.dumps(REFUSED["ShareGPT"][0]), '{\n"prompt":\n"a"}',
+                 '{"data": [], "data": []}'):
+        (tmp_path / "a.json").write_text("\n\n" + text + "\n")
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/a.json:3: the key")):
+            load_task(tmp_path / "a.json", measured_only=True)
+
+
+def random_value(draw, depth=0):
+    """Something that may stand in a row, right or wrong."""
+    texts = ["a", "b", "", " ", "A", "B", "1", "system", "user", "assistant", "x\u2028y", "\n"]
+    simple = [*texts, None, True, False, 0, 1, 2, -1, 1.5, SYSTEM, USER, SAID, ARC]
+    if depth > 2 or draw.random() < 0.6:
+        return draw.choice(simple)
+    if draw.random() < 0.6:
+        return [random_value(draw, depth + 1) for _ in range(draw.randrange(4))]
+    keys = draw.sample(["role", "content", "text", "label", "type", "Action", "Action_Input"], 2)
+    return {key: random_value(draw, depth + 1) for key in keys}
+
+
+def test_a_random_row_is_read_as_text_or_refused_in_one_line(tmp_path):
+    draw, read = random.Random(0), 0
+    for _ in range(1000):
+        keys = draw.choice(list(rows.FORMS)).split() + draw.choices(["system", "id", "x"], k=1)
+        row = {key: random_value(draw) if draw.random() < 0.6 else "a" for key in keys}
+        path = jsonl(tmp_path / "a.jsonl", row, row)
+        try:
+            e, = load_task(path, measured_only=True).eval["all"]
+        except ValueError as error:
+            assert str(error).startswith(f"{path}:1: ") and len(str(error).splitlines()) == 1
+            continue
+        read += 1
+        said = [e.prompt, e.response, e.system, *(t for pair in e.choices for t in pair),
+                *(turn[key] for turn in e.earlier for key in ("role", "content"))]
+        assert all(isinstance(text, str) for text in said)
+        assert e.choices or e.prompt.strip() and isinstance(e.check(e.response), bool)
+    assert read > 30
 
 
 def test_multiple_choice_and_questions_do_not_share_a_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Text in, examples out: the built-in tasks, a user's JSONL files, and plain text.
+"""Text in, examples out: the built-in tasks, a user's rows (rows.py reads them), and plain text.
 
 An `Example` is what every task is made of: a prompt (a user's turn, or raw text to continue), an
 expert demonstration of its answer, and how to check an answer. `load_task(name or path)` gives a
@@ -10,12 +10,14 @@ import json
 import pydoc_data.topics
 import random
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rows import is_data, is_rows, read_prose, read_rows, same_answer, same_json
 from tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Tokenizer", "load_tokenizer"]  # callers find them here too
+__all__ = ["Tokenizer", "load_tokenizer", "same_answer"]  # callers find them here too
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Example:
     chat: bool = True
     choices: list = field(default_factory=list)  # multiple choice: (context, continuation) pairs
     answer: int = 0        # the right one of them
+    earlier: list = field(default_factory=list)  # turns before the prompt, {"role", "content"}
+    where: str = field(default="", compare=False, repr=False)  # FILE:LINE of a user's row
 
 
 @dataclass
@@ -61,18 +65,20 @@ def user(content):
 
 def turn(e):
     """The demonstration as an earlier turn: question, answer, the same question again."""
-    return [user(e.prompt), {"role": "assistant", "content": e.response}, user(e.prompt)]
+    answer = {"role": "assistant", "content": e.response}
+    return [*e.earlier, user(e.prompt), answer, user(e.prompt)]
 
 
 def quote(e):
     """The demonstration quoted after the question."""
-    return [user(f"{e.prompt}\n\nAn expert answered this as follows:\n{e.response}\n\n"
-                 "Now give your own answer.")]
+    quoted = (f"{e.prompt}\n\nAn expert answered this as follows:\n{e.response}\n\n"
+              "Now give your own answer.")
+    return [*e.earlier, user(quoted)]
 
 
 def bare(e):
     """The question alone, as the student sees it."""
-    return [user(e.prompt)]
+    return [*e.earlier, user(e.prompt)]
 
 
 DEMOS = {"turn": turn, "quote": quote, "none": bare}  # --demo -> messages, without the system's
@@ -237,24 +243,6 @@ def _schema(tool):
     return json.dumps({"name": tool, "arguments": arguments})
 
 
-def same_json(expected):
-    """A checker: the first JSON object in the answer is this one, keys in any order.
-
-    >>> check = same_json({"a": 1, "b": 2})
-    >>> check('Sure: {"b": 2, "a": 1}.'), check('{"a": true, "b": 2}')
-    (True, False)
-    """
-    wanted = json.dumps(expected, sort_keys=True)
-
-    def check(answer):
-        try:
-            found, _ = json.JSONDecoder().raw_decode(answer, answer.index("{"))
-        except ValueError:  # no brace, or no JSON after it
-            return False
-        return json.dumps(found, sort_keys=True) == wanted  # as text, where 1 is not true
-    return check
-
-
 def python_text():
     """Paragraphs of Python's documentation to continue."""
     return text_task("text", split_text()[0])
@@ -264,112 +252,75 @@ TASKS = {"science": science, "tooluse": tooluse, "text": python_text}
 
 
 def load_task(name, measured_only=False):
-    """A Task by its name in TASKS, or from a file: *.jsonl, or any other as text to continue.
+    """A Task by its name in TASKS, or from a file: rows (.jsonl, .json), or text to continue.
 
-    A fifth of a .jsonl file is held out, or, measured_only, all of it. FileNotFoundError when there
-    is no such task or file; ValueError, naming the line, for content that does not fit.
+    A fifth of the questions of a file of rows is held out, or, measured_only, all of it.
+    FileNotFoundError when there is no such task or file; ValueError, naming the line, for content
+    that does not fit, and for what looks like data but is not rows.
     """
     if name in TASKS:
         return TASKS[name]()
     path = Path(name)
+    if path.is_dir():
+        export = 'datasets.load_from_disk(…).to_json("rows.jsonl")'
+        raise FileNotFoundError(f"{name} is a folder: name a file, or export it with {export}")
     if not path.is_file():
         known = ", ".join(TASKS)
         raise FileNotFoundError(f"no task or file {name!r}: name {known}, or a .jsonl or text file")
-    if path.suffix == ".jsonl":
-        return _jsonl_task(path, measured_only)
-    return text_task(path.stem, read_text(path))
+    if is_rows(path):
+        return _rows_task(path, measured_only)
+    return text_task(path.stem, read_prose(path))
 
 
-def _jsonl_task(path, measured_only):
-    first_line = {}  # a row that is there twice would stand in both splits
-    for n, row in read_jsonl(path):
-        first_line.setdefault(json.dumps(row), (n, row))
-    examples = [_example(row, f"{path}:{n}") for n, row in first_line.values()]
+def is_text(name):
+    """Whether load_task would read this as text to continue, which has no questions."""
+    return name == "text" or Path(name).is_file() and not is_data(name)
+
+
+def _rows_task(path, measured_only):
+    examples = [Example(**row) for row in read_rows(path)]
     if len({bool(e.choices) for e in examples}) == 2:
         raise ValueError(f"{path}: multiple choice and other rows cannot share a file")
     if measured_only:
         return Task(path.stem, [], {"all": examples})
-    if len(examples) < 2:
-        raise ValueError(f"{path}: one example cannot be both trained on and held out")
-    random.Random(0).shuffle(examples)
-    cut = max(1, len(examples) // 5)
-    return Task(path.stem, examples[cut:], {"held_out": examples[:cut]})
+    for e in examples:
+        if not e.response:
+            raise ValueError(f"{e.where}: no demonstration to train on: name the file in --eval")
+    groups = {}  # what asks the same stands on one side
+    for key, e in zip(questions(examples), examples):
+        groups.setdefault(key, []).append(e)
+    if len(groups) < 2:
+        raise ValueError(f"{path}: one question cannot be both trained on and held out")
+    groups = list(groups.values())
+    random.Random(0).shuffle(groups)
+    cut = max(1, len(groups) // 5)
+    held_out, train = (list(itertools.chain(*part)) for part in (groups[:cut], groups[cut:]))
+    return Task(path.stem, train, {"held_out": held_out})
 
 
-def read_jsonl(path):
-    """[(line number, object), …] of a JSON-lines file, blank lines left out."""
-    lines = []
-    for n, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                lines.append((n, json.loads(line)))
-            except ValueError:
-                raise ValueError(f"{path}:{n}: not a line of JSON") from None
-    return lines
+def asked(e):
+    """What an example asks, but for case and white space: the turns before an answer, whatever the
+    system says. Multiple choice: the prompt, whatever the choices; without one, the choices.
 
-
-ROW_FORMS = ('{"prompt", "response"}, {"prompt", "choices", "answer"} or '
-        '{"contexts", "continuation", "answer"}')
-
-
-def _example(row, where):
-    """An Example from one JSON object; ValueError for one of none of the ROW_FORMS."""
-    try:
-        _check_types(row)
-        if "response" in row:
-            return Example(row["prompt"], row["response"], same_answer(row["response"]))
-        return _multiple_choice(row, row["answer"])
-    except (KeyError, TypeError, IndexError, AttributeError):
-        raise ValueError(f"{where}: expected {ROW_FORMS}") from None
-
-
-def _check_types(row):
-    """TypeError where something that should be text is not, or the answer is not an index."""
-    texts = [row.get("prompt", ""), *row.get("contexts", [])]
-    answer = row.get("answer", 0)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError
-    if not isinstance(answer, int) or answer < 0:
-        raise TypeError
-
-
-def _multiple_choice(row, answer):
-    if "choices" in row:  # several continuations of one prompt
-        choices = [(row["prompt"], " " + choice) for choice in row["choices"]]
-        return Example(row["prompt"], choices[answer][1].strip(), choices=choices, answer=answer)
-    continuation = row["continuation"].strip()  # of several contexts
-    choices = [(context, " " + continuation) for context in row["contexts"]]
-    return Example(row["contexts"][answer], continuation, choices=choices, answer=answer)
-
-
-def same_answer(expected):
-    """A checker: equal as JSON if a JSON object is expected, else up to case, spaces, a full stop.
-
-    >>> check = same_answer("Blue whale")
-    >>> check(" blue  WHALE. "), check("a blue whale")
-    (True, False)
+    >>> asked(Example("What  is Tin?")) == asked(Example("what is tin?", "A metal.", system="Hi."))
+    True
     """
-    if expected.lstrip().startswith("{"):
-        try:
-            return same_json(json.loads(expected))
-        except ValueError:
-            pass
-    return lambda answer: _normal(answer) == _normal(expected)
+    def plain(text):
+        return " ".join(unicodedata.normalize("NFC", text).split()).casefold()
+    contexts = {context for context, _ in e.choices}
+    if e.choices and contexts != {e.prompt} or contexts == {""}:
+        return (*sorted((plain(context), plain(text)) for context, text in e.choices),)
+    return (*(plain(turn["content"]) for turn in e.earlier), plain(e.prompt))
 
 
-def _normal(text):
-    return " ".join(text.split()).rstrip(".").lower()
+def questions(examples):
+    """What each example asks, a list: equal for those that must stand on one side of a split.
 
-
-def read_text(path):
-    """The text of a UTF-8 file, without a byte-order mark. ValueError if empty or not UTF-8."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty")
-    return text
+    A conversation that goes on from another's question, and shows its answer, asks the same.
+    """
+    keys = [asked(e) for e in examples]
+    known = set(keys)
+    return [next(key[:n] for n in range(1, len(key) + 1) if key[:n] in known) for key in keys]
 
 
 def text_task(name, text):
@@ -437,8 +388,8 @@ def batches(tasks, steps, batch_size, seed):
 def hold_out(task, n):
     """(the task without them, n of its train examples that are never trained on, evenly spread).
 
-    At most an eighth of its examples are taken, with whatever equals them. Of fewer than eight, or
-    where nothing would be left, they stand on both sides.
+    At most an eighth of its examples are taken, with whatever asks the same. Of fewer than eight,
+    or where nothing would be left, they stand on both sides.
 
     >>> task, held_out = hold_out(Task("letters", [Example(c) for c in "abcdefghijklmnoa"], {}), 2)
     >>> "".join(e.prompt for e in task.train), [e.prompt for e in held_out]
@@ -448,8 +399,9 @@ def hold_out(task, n):
     n = max(1, min(n, size // 8))
     places = [i * size // n for i in range(n)]
     held_out = [task.train[i] for i in places]
-    known = {(e.prompt, e.response) for e in held_out}
-    left = [e for e in task.train if (e.prompt, e.response) not in known]
+    keys = questions(task.train)
+    known = {keys[i] for i in places}
+    left = [e for key, e in zip(keys, task.train) if key not in known]
     return Task(task.name, left if left and size >= 8 else task.train, task.eval), held_out
 
 

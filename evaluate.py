@@ -116,7 +116,14 @@ def nats_of(model, windows, done):
 
 
 def answer_tokens(evaluation, examples):
-    """How many tokens an answer to these examples may take."""
+    """How many tokens an answer to these examples may take.
+
+    ValueError where no demonstration says it: an end of turn alone would never be a right answer.
+    """
+    if not evaluation.eval_tokens and not any(e.response for e in examples):
+        where = examples[0].where and f"{examples[0].where}: "
+        raise ValueError(f"{where}no demonstration says how long an answer may be: give "
+                         "--eval-tokens, such as 1024")
     longest = max(len(evaluation.tokenizer.answer(e.response)) for e in examples)
     return evaluation.eval_tokens or longest
 
@@ -138,8 +145,9 @@ def best_choice(model, tokenizer, example, score):
 def choice_scores(model, tokenizer, example, score):
     """Log-likelihood of each continuation after its context, a list.
 
-    It is per character, since continuations differ in length. Whole sentences, which have no
-    context, get the sum (BLiMP). The first token needs one that predicts it, too: where a context
+    It is per character of the choice's own text, without the blank put before it, since choices
+    differ in length: acc_norm of lm-evaluation-harness. Whole sentences, which have no context, get
+    the sum (BLiMP). The first token needs one that predicts it, too: where a context
     is empty, the token that separates documents stands for it.
     """
     contexts, continuations = zip(*example.choices)
@@ -153,7 +161,7 @@ def choice_scores(model, tokenizer, example, score):
     sums = [part.sum().item() for part in logp.split([len(t) for t in targets])]
     if not any(contexts):
         return sums
-    return [total / len(text) for total, text in zip(sums, continuations)]
+    return [total / len(text.removeprefix(" ")) for total, text in zip(sums, continuations)]
 
 
 def nats(model, windows):
@@ -194,9 +202,10 @@ def mean_and_noise(difference):
 
 
 def recovered_fraction(healthy, degraded, recovered, metric):
-    """(recovered - degraded) / (healthy - degraded); None where nothing was lost.
+    """(recovered - degraded) / (healthy - degraded); None where nothing was lost, or nobody knows.
 
-    Something was lost if degraded is worse than healthy by two paired standard errors.
+    Something was lost if degraded is worse than healthy by two paired standard errors. A single
+    item has none, so that of one nothing can be said.
 
     >>> healthy, degraded, recovered = [Measurement({"task": torch.tensor(right)}, [], {}, [])
     ...     for right in ([1.0, 1, 1, 1, 1], [0.0, 0, 0, 0, 1], [1.0, 1, 0, 0, 1])]
@@ -351,7 +360,7 @@ def metric_lines(results, width):
     for metric in stages["healthy"]:
         row = "".join(f"{values[metric]:{width}.2f}" for values in stages.values())
         found = [fraction[metric] for fraction in fractions.values()]
-        shown = ", ".join("not damaged" if f is None else f"{f:.2f}" for f in found)
+        shown = ", ".join(not_damaged(results, metric) if f is None else f"{f:.2f}" for f in found)
         lines.append(f"{metric_title(metric):24}{row}  {shown:>18}")
     return lines
 
@@ -361,6 +370,12 @@ def recovered_fractions(results):
     found = results["recovered_fraction"]
     several = isinstance(next(iter(found.values())), dict)
     return found if several else {"recovered": found}
+
+
+def not_damaged(results, metric):
+    """What is said where there is no recovered fraction: of one example there can be none."""
+    one = results["environment"].get("eval_examples", {}).get(metric) == 1
+    return "one row: unknown" if one else "not damaged"
 
 
 def metric_title(metric):
@@ -530,6 +545,8 @@ def provenance_lines(results):
             f"perplexity of {e['text_tokens']} tokens in windows of {e['text_window']} "
             f"(text {e['text_sha256']}); train data {e['data_sha256']}; "
             f"eval data {e['eval_sha256']} {e['eval_examples']}",
+            *(f"{n} training rows of {task} left out: another file measures the same questions"
+              for task, n in e.get("left_out", {}).items()),
             f"seed {config['seed']}; {sum(seconds.values()) / 60:.1f} minutes ({parts}), "
             f"peak memory {peak:.1f} GiB, {config['dtype']}, {e['processor']}, "
             f"{e['processes']} x {e['threads']} threads"]

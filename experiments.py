@@ -337,7 +337,7 @@ def performance_row(name, group, metric):
     if not spared:
         cells.append(mean_and_error(fractions, 2))
     elif spared == n:
-        cells.append("not damaged")
+        cells.append(evaluate.not_damaged(group[0][1], metric))
     else:
         cells.append(f"not damaged in {spared} of {n}")
     return f"| `{name}` | {evaluate.metric_title(metric)} | " + " | ".join(cells) + " |"

@@ -4,6 +4,7 @@
 """
 import dataclasses
 import hashlib
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def prepare(c):
         c.dtype = "bfloat16" if parallel.bfloat16_is_fast(c.device) else "float32"
     score, backward, generate = implementation(c)
     tasks, forgetting, further = read_tasks(c)
+    dropped = drop_measured_([*tasks, *forgetting], further)
     tasks, held_out = hold_out(tasks)
     texts = read_texts(c)
     with parallel.first():
@@ -99,8 +101,9 @@ def prepare(c):
     recoveries = plan_recoveries(c, tokenizer, tasks, held_out, rates["lr"])
     run = Run(c, folder, teachers, student, expert, damaging, recoveries,
               calibration_of(c, tokenizer, tasks), evaluation, samples_of(c, tasks),
-              facts(folder, student, tasks, evaluation, texts) | rates, score, backward, generate)
-    check_lengths(run, context)
+              facts(folder, student, tasks, evaluation, texts) | rates | {"left_out": dropped},
+              score, backward, generate)
+    check_lengths(run, context, [*tasks, *forgetting, *further])
     return run
 
 
@@ -177,9 +180,8 @@ def read_tasks(c):
     by_name, further = dict(zip([*trained, *lost], [*tasks, *forgetting])), []
     for name in c.eval.split(",") if c.eval else []:
         if name not in by_name:
-            text = name == "text" or Path(name).is_file() and Path(name).suffix != ".jsonl"
-            require(not text, f"--eval {name}: a text has no questions; for its perplexity name a "
-                              "file in --text")
+            require(not data.is_text(name), f"--eval {name}: a text has no questions; for its "
+                                            "perplexity name a file in --text")
             by_name[name] = data.load_task(name, measured_only=True)
             further.append(by_name[name])
     metrics = [task.name for task in by_name.values() if task.eval]  # a text is not measured so
@@ -189,6 +191,27 @@ def read_tasks(c):
         n = metrics.count(metric)
         require(n == 1, f"--data, --eval: {n} of them would be measured as {metric!r}: rename one")
     return tasks, forgetting, further
+
+
+def drop_measured_(tasks, further):
+    """Take from each task, in place, the training examples that another file asks as a question of
+    its own: public train and test files share a few. Returns {task: how many}."""
+    dropped = {}
+    for task in tasks:
+        others = [t for t in [*tasks, *further] if t.name != task.name]
+        measured = {data.asked(e): e.where for t in others
+                    for examples in t.eval.values() for e in examples}
+        left = []
+        for e in task.train:
+            where = measured.get(data.asked(e)) if e.chat else None  # "": of a built-in task
+            if where is None or not (where or e.where):
+                left.append(e)
+        require(left, f"{task.name}: each of its questions is measured by another file, too: "
+                      "nothing is left to train on")
+        if len(left) < len(task.train):
+            dropped[task.name] = len(task.train) - len(left)
+        task.train = left
+    return dropped
 
 
 HELD_OUT = 16  # prompts of each task that are never trained on: the guard's
@@ -221,7 +244,7 @@ def read_texts(c):
         metric = f"perplexity_{Path(name).stem}" if texts else "perplexity"
         require(metric not in texts, f"--text: two would be measured as {metric!r}: rename a file")
         require(name == "python" or Path(name).is_file(), f"--text: there is no file {name!r}")
-        texts[metric] = data.split_text()[1] if name == "python" else data.read_text(name)
+        texts[metric] = data.split_text()[1] if name == "python" else data.read_prose(name)
     return texts
 
 
@@ -287,7 +310,7 @@ def prompt_of(c, tokenizer, e, student="none", teacher="turn"):
     views = (data.teacher_prompt(tokenizer, e, demo, c.text_prompt_tokens)
              for demo in (student, teacher))
     answer = data.expert_answer(tokenizer, e, c.text_prompt_tokens, c.rollout_tokens)
-    return sdft.Prompt(*views, answer)
+    return sdft.Prompt(*views, answer, e.where)
 
 
 def lesson_of(c, tokenizer, tasks, held_out, steps, order, **views):
@@ -332,32 +355,61 @@ def plan_recoveries(c, tokenizer, tasks, held_out, lr):
     return lessons
 
 
-def check_lengths(run, context_length):
+def check_lengths(run, context_length, tasks):
     """ValueError for prompts that do not fit the context with their answers."""
-    c, evaluation, encode = run.config, run.evaluation, run.evaluation.tokenizer.encode
-    longest = [len(ids) for ids in run.calibration]
-    longest += [len(ids) for group in evaluation.sequences.values() for ids in group]
+    evaluation = run.evaluation
+    found = [*lesson_lengths(run), *answer_lengths(run)]  # (tokens, file and line or "")
+    longest, where = max(found)
+    for ids in [*run.calibration, *itertools.chain(*evaluation.sequences.values())]:
+        if len(ids) > max(longest, context_length):
+            longest, where = len(ids), where_of(ids, evaluation.tokenizer, tasks)
+    require(longest <= context_length,
+            f"{where and where + ': '}a prompt with its answer takes {longest} tokens, more than "
+            f"the model's context of {context_length}")
+
+
+def lesson_lengths(run):
+    """[(tokens of a prompt with its answer, where it is from)] of all that is trained on."""
+    found = []
     for lesson in filter(None, [run.expert, run.forgetting, *run.recoveries]):
-        given = lesson.how in ("kd", "sft")
-        if lesson.how != "none":
-            watched = [p for of in lesson.held_out.values() for p in of]
-            longest += [len(p.student if lesson.how == "sft" else p.teacher) + len(p.answer)
-                        for p in watched]
-        for p in (p for batch in lesson.batches for p in batch):
+        given = lesson.how in ("kd", "sft")  # else the answer is a rollout
+        for p in itertools.chain(*lesson.batches) if lesson.how != "none" else ():
             prompt = p.student if lesson.how == "sft" else p.teacher
-            longest.append(len(prompt) + (len(p.answer) if given else c.rollout_tokens))
+            answer = len(p.answer) if given else run.config.rollout_tokens
+            found.append((len(prompt) + answer, p.where))
+        for p in itertools.chain(*lesson.held_out.values()) if lesson.how != "none" else ():
+            prompt = p.student if lesson.how == "sft" else p.teacher
+            found.append((len(prompt) + len(p.answer), p.where))
+    return found
+
+
+def answer_lengths(run):
+    """[(tokens, where)]: for each group that is asked its longest prompt with its longest answer,
+    and the row that has the longer of the two; and each choice after its context."""
+    evaluation, found = run.evaluation, []
+    tokenizer = evaluation.tokenizer
     taught = any(lesson.teacher for lesson in run.recoveries)
-    for examples in run.samples.values() if taught else ():
-        asked = [len(data.teacher_prompt(evaluation.tokenizer, e, c.demo)) for e in examples]
-        longest.append(max(asked) + evaluate.answer_tokens(evaluation, examples))
-    for examples in evaluation.splits.values():
-        asked = [len(data.student_prompt(evaluation.tokenizer, e)) for e in examples]
-        longest.append(max(asked) + evaluate.answer_tokens(evaluation, examples))
-        pairs = [pair for e in examples for pair in e.choices]
-        longest += [len(encode(context)) + len(encode(text)) for context, text in pairs]
-    require(max(longest) <= context_length,
-            f"a prompt with its answer takes {max(longest)} tokens, more than the model's context "
-            f"of {context_length}")
+    asked = [(examples, run.config.demo) for examples in run.samples.values() if taught]
+    asked += [(examples, "none") for examples in evaluation.splits.values()]
+    for examples, demo in asked:
+        prompts = [len(data.teacher_prompt(tokenizer, e, demo)) for e in examples]
+        answers = [evaluation.eval_tokens or len(tokenizer.answer(e.response)) for e in examples]
+        sizes = zip(map(max, prompts, answers), prompts, (e.where for e in examples))
+        total = max(prompts) + evaluate.answer_tokens(evaluation, examples)
+        found.append((total, max(sizes)[-1]))
+        for e in examples:
+            for pair in e.choices:
+                found.append((sum(len(tokenizer.encode(t)) for t in pair), e.where))
+    return found
+
+
+def where_of(ids, tokenizer, tasks):
+    """The file and line of the example that these ids are, prompt and answer; "" if of none."""
+    for task in tasks:
+        for e in itertools.chain(task.train, *task.eval.values()):
+            if e.where and ids == data.student_prompt(tokenizer, e) + tokenizer.answer(e.response):
+                return e.where
+    return ""
 
 
 def facts(folder, student, tasks, evaluation, texts):
@@ -365,8 +417,9 @@ def facts(folder, student, tasks, evaluation, texts):
     def sha256(text):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
     windows, splits = evaluation.windows["perplexity"], evaluation.splits
-    trained = [[(e.prompt, e.response) for e in task.train] for task in tasks]
-    measured = [[(e.prompt, e.response) for e in examples] for examples in splits.values()]
+    trained = [[(e.prompt, e.response, *e.earlier) for e in task.train] for task in tasks]
+    measured = [[(e.prompt, e.response, *e.earlier) for e in examples]
+                for examples in splits.values()]
     return {"model": str(folder), "parameters": sum(p.numel() for p in student.parameters()),
             "damage": {}, "data_sha256": sha256(repr(trained)),
             "eval_sha256": sha256(repr(measured)),

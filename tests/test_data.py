@@ -13,10 +13,13 @@ from data import (
     TASKS,
     Example,
     Task,
+    asked,
     batches,
     contains,
+    hold_out,
     load_task,
     load_tokenizer,
+    questions,
     same_json,
     science,
     split_text,
@@ -260,7 +263,7 @@ BAD_ROWS = {
     "a string": '"response"',
     "a number": "3",
     "response not text": {"prompt": "a", "response": 5},
-    "prompt not text": {"prompt": [{"role": "user", "content": "a"}], "response": "b"},
+    "prompt not text": {"prompt": 5, "response": "b"},
     "answer too large": {"prompt": "a", "choices": ["b", "c"], "answer": 2},
     "answer negative": {"prompt": "a", "choices": ["b", "c"], "answer": -1},
     "answer a letter": {"prompt": "a", "choices": ["b", "c"], "answer": "A"},
@@ -317,6 +320,86 @@ def test_a_row_that_is_there_twice_is_not_in_both_splits(tmp_path):
     rows = [{"prompt": f"{i}", "response": "x"} for i in range(10)]
     task = load_task(jsonl(tmp_path / "twice.jsonl", *rows, *rows))
     assert not prompts(task.train) & prompts(task.eval["held_out"])
+
+
+def test_the_split_of_a_file_is_the_same_as_ever(tmp_path):
+    """Results that are kept stand on it."""
+    rows = [{"prompt": f"Question {i}?", "response": f"The answer {i}."} for i in range(20)]
+    task = load_task(jsonl(tmp_path / "mine.jsonl", *rows))
+    numbers = [[int(re.search(r"\d+", e.prompt)[0]) for e in split]
+               for split in (task.eval["held_out"], task.train)]
+    assert numbers == [[10, 18, 16, 14], [0, 17, 11, 2, 3, 9, 5, 7, 4, 19, 6, 15, 8, 1, 13, 12]]
+
+
+SAME = {  # rows that ask one question, whatever else they say
+    "an id of their own": [{"prompt": "Q?", "response": "a", "id": n} for n in range(9)],
+    "another response": [{"prompt": "Q?", "response": f"a{n}"} for n in range(9)],
+    "case and white space": [{"prompt": p, "response": p} for p in
+                             ("why  Q?", "Why Q?", "WHY\nq?", " why q? ", "why\u00a0Q?")],
+    "another system": [{"prompt": "Q?", "response": "a", "system": f"s{n}"} for n in range(9)],
+    "composed or not": [{"prompt": p, "response": "a"} for p in ("Caf\u00e9?", "Cafe\u0301?")],
+    "another form": [{"prompt": "Q?", "response": "a"}, {"question": "q?", "answer": "b"},
+                     {"instruction": "Q?", "input": "", "output": "c"},
+                     {"messages": [{"role": "system", "content": "s"},
+                                   {"role": "user", "content": "Q?"},
+                                   {"role": "assistant", "content": "d"}]}],
+    "a conversation that goes on": [
+        {"messages": [{"role": ("user", "assistant")[n % 2], "content": f"{n}"}
+                      for n in range(length)]} for length in (2, 4, 6)],
+    "shuffled choices": [{"prompt": "Q?", "choices": choices, "answer": 0}
+                         for choices in (["a", "b"], ["b", "a"], ["c", "b"])],
+    "shuffled sentences": [{"prompt": "", "choices": choices, "answer": 0}
+                           for choices in (["a b", "b"], ["b", "a b"], ["A  b", "b"])],
+    "shuffled contexts": [{"contexts": contexts, "continuation": "c", "answer": n}
+                          for n, contexts in enumerate((["a", "b"], ["b", "a"]))],
+}
+
+
+def other_rows(rows):
+    """Nine rows of other questions that may share a file with these."""
+    if "response" in rows[0] or "messages" in rows[0]:
+        return [{"prompt": f"Other {n}?", "response": "a"} for n in range(9)]
+    return [{"prompt": f"Other {n}?", "choices": ["a", "b"], "answer": 1} for n in range(9)]
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_one_question_is_never_on_both_sides_of_a_split(what, tmp_path):
+    rows = SAME[what]
+    for others in range(1, 9):  # they lie now on the one side, now on the other
+        path = jsonl(tmp_path / "same.jsonl", *rows, *other_rows(rows)[:others])
+        task = load_task(path)
+        lines = [{int(e.where.rsplit(":")[-1]) for e in split}
+                 for split in (task.train, task.eval["held_out"])]
+        same = set(range(1, len(rows) + 1))
+        assert all(lines) and 1 == sum(bool(same & side) for side in lines)
+        left, held_out = hold_out(task, 4)
+        if len(task.train) >= 8 and left.train != task.train:
+            assert not {asked(e) for e in left.train} & {asked(e) for e in held_out}
+    with pytest.raises(ValueError, match="same.jsonl: one question cannot be both"):
+        load_task(jsonl(tmp_path / "same.jsonl", *rows))
+
+
+def test_other_questions_are_not_taken_for_the_same(tmp_path):
+    def conversation(first):
+        return {"messages": [{"role": "user", "content": first},
+                             {"role": "assistant", "content": "Yes."},
+                             {"role": "user", "content": "Go on."},
+                             {"role": "assistant", "content": "b"}]}
+    rows = [conversation("a"), conversation("b"), {"prompt": "Go on.", "response": "b"}]
+    examples = load_task(jsonl(tmp_path / "a.jsonl", *rows), measured_only=True).eval["all"]
+    assert len(set(questions(examples))) == 3
+    twins = [{"contexts": ["a", "b"], "continuation": c, "answer": 0} for c in "cd"]
+    sentences = [{"prompt": "", "choices": ["a", c], "answer": 0} for c in "cd"]
+    examples = load_task(jsonl(tmp_path / "a.jsonl", *twins, *sentences), True).eval["all"]
+    assert len(set(questions(examples))) == 4
+
+
+def test_a_row_of_the_same_content_counts_once(tmp_path):
+    rows = [{"prompt": f"Q{n % 10}?", "response": "a", "id": n, "source": None} for n in range(100)]
+    task = load_task(jsonl(tmp_path / "a.jsonl", *rows))
+    assert (len(task.train), len(task.eval["held_out"])) == (8, 2)
+    assert len(load_task(tmp_path / "a.jsonl", True).eval["all"]) == 10
+    assert load_task(tmp_path / "a.jsonl", True).eval["all"][3].where.endswith("a.jsonl:4")
 
 
 def test_text_file_task(tmp_path):

@@ -92,7 +92,7 @@ def test_levels_of_cka_are_those_of_the_estimators(small):
     [("ab", " xyz"), ("", " xyz")]])
 def test_best_choice_is_the_likeliest_one(choices, small):
     """Checked against plain forwards, where an empty context is the separator of documents; whole
-    sentences count in all."""
+    sentences count in all. The blank before a choice is no character of it."""
     student, tokenizer = small
     example, scores = Example("", choices=choices), []
     tokenizer.added["<|endoftext|>"] = separator = 7
@@ -100,7 +100,7 @@ def test_best_choice_is_the_likeliest_one(choices, small):
         c, t = tokenizer.encode(context) or [separator], tokenizer.encode(continuation)
         with torch.no_grad():
             logp = student(torch.tensor([c + t])).float().log_softmax(-1)[0]
-        characters = len(continuation) if any(context for context, _ in choices) else 1
+        characters = len(continuation) - 1 if any(context for context, _ in choices) else 1
         scores.append(sum(logp[len(c) + i - 1, t[i]].item() for i in range(len(t))) / characters)
     chosen = evaluate.best_choice(student, tokenizer, example, sdft.score)
     assert chosen == scores.index(max(scores))
@@ -238,6 +238,22 @@ def test_text_tells_metrics_answers_cka_and_provenance():
     assert sum("A bar is a layer" in line for line in lines) == 1
     assert "damage forget tooluse, int4: 1,234 weights quantized" in lines
     assert not any("A step, shown" in line for line in lines)
+
+
+def test_of_one_lost_row_nobody_knows_whether_it_was_damage():
+    """One item has no standard error; two that are both lost have, and it is 0."""
+    def measured(*right):
+        return Measurement({"task": torch.tensor(right)}, [], {}, [])
+    one = evaluate.recovered_fraction(measured(1.), measured(0.), measured(1.), "task")
+    assert one is None
+    two = [measured(*right) for right in ([1., 1], [0., 0], [1., 0])]
+    assert evaluate.recovered_fraction(*two, "task") == 0.5
+    found = made_up(step=False)
+    found["recovered_fraction"]["task"] = one
+    for n, says in ((1, "one row: unknown"), (2, "not damaged")):
+        found["environment"]["eval_examples"] = {"task": n}
+        line = next(x for x in evaluate.text(found, ANSWERS).splitlines() if x.startswith("task"))
+        assert line.endswith("  " + says)
 
 
 def test_a_step_is_shown_in_columns_before_recovery_beside_after():

@@ -124,8 +124,8 @@ def answer(model, tokenizer, examples, max_new_tokens, generate, done=None, demo
     """Greedy answers, as text; done(n) is called as n of them are ready."""
     prompts = [data.teacher_prompt(tokenizer, e, demo) for e in examples]
     completions = generate(model, prompts, max_new_tokens, temperature=0,
-                           eos_id=tokenizer.eos_id, batch_size=128, done=done)
-    return [tokenizer.decode(ids).strip() for ids in completions]
+                           eos_id=tokenizer.eos_ids, batch_size=128, done=done)
+    return [tokenizer.read(ids) for ids in completions]
 
 
 def best_choice(model, tokenizer, example, score):

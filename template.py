@@ -126,7 +126,7 @@ def at_most(steps):
 def chat_template(folder, config):
     """The text of a folder's chat template, "" if it has none; config: its tokenizer_config.json.
 
-    Files (chat_template.jinja, chat_templates/*.jinja) come before tokenizer_config.json. Of
+    Files (chat_template.jinja, additional_chat_templates/*.jinja) come before what config says. Of
     several, by name, it is the one named default. ValueError for what is not a template.
     """
     found = config.get("chat_template") or {}
@@ -136,9 +136,9 @@ def chat_template(folder, config):
     if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
         raise ValueError(f"{folder}/tokenizer_config.json: chat_template must be a text, or a list "
                          'of {"name", "template"}')
-    one, several = folder / "chat_template.jinja", sorted(folder.glob("chat_templates/*.jinja"))
-    files = [("default", one)] if one.exists() else []
-    files += [(path.name.removesuffix(".jinja"), path) for path in several]
+    file, further = folder / "chat_template.jinja", folder / "additional_chat_templates"
+    files = [("default", file)] if file.exists() else []
+    files += [(path.name.removesuffix(".jinja"), path) for path in further.glob("*.jinja")]
     if files:
         found = {name: _text(path) for name, path in files}
     if found and "default" not in found:

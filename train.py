@@ -469,9 +469,13 @@ def save(run, results, students):
         folder = out / stage.replace("recovered", "student")
         student.save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                     "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
+                     "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+                     "chat_template.jinja"):
             if (run.folder / name).exists():
                 shutil.copy(run.folder / name, folder / name)
+        further = "additional_chat_templates"
+        if (run.folder / further).is_dir():
+            shutil.copytree(run.folder / further, folder / further, dirs_exist_ok=True)
     text = evaluate.to_json(results, indent=1) + "\n"
     (out / "results.json.part").write_text(text, encoding="utf-8")
     os.replace(out / "results.json.part", out / "results.json")

@@ -35,10 +35,10 @@ def write(source, messages, add_generation_prompt, tokens, folder):
     of the first user's turn. ValueError, naming the folder, for a template that fails.
     """
     def rendered(messages):
+        jinja = compiled(source)
         with at_most(STEPS):
-            text = compiled(source).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                documents=None, **tokens)
+            text = jinja.render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                tools=None, documents=None, **tokens)
         if len(text) > LONGEST:
             raise OverflowError(f"more than {LONGEST} characters")
         return text

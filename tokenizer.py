@@ -179,11 +179,12 @@ def load_tokenizer(folder):
         raise FileNotFoundError(f"{wanted}, in {folder}")
     if "added_tokens_decoder" not in config:  # else transformers, too, leaves this file alone
         config |= _json(folder / "special_tokens_map.json", {})
-    token_of = {i: token for token, i in parts["vocab"].items()}
-    token_of |= {t["id"]: t["content"] for t in parts["added"]}
-    named, ends = template.special_tokens(config), _end_ids(folder, max(token_of) + 1)
-    eos = named.get("eos_token") or _usual_end([token_of.get(i) for i in ends], parts["added"])
+    named = template.special_tokens(config)
+    eos = named.get("eos_token") or _usual_end(parts["added"])
     tokenizer = Tokenizer(**parts, eos=eos, chat_template=template.chat_template(folder, config))
+    ends = _end_ids(folder, max(tokenizer.bytes_of) + 1)
+    if "eos_token" not in named and ends:
+        tokenizer.eos, tokenizer.eos_id = tokenizer.decode(ends[:1], keep_special=True), ends[0]
     if tokenizer.eos_id is None:
         raise ValueError(f"{folder}: the end-of-text token {eos!r} is not in the vocabulary")
     tokenizer.eos_ids = tuple(dict.fromkeys([tokenizer.eos_id, *ends]))
@@ -238,11 +239,9 @@ def _vocab_and_merges(folder, config):
             "normal_form": form}
 
 
-def _usual_end(ends, added):
-    """The token that ends an answer where tokenizer_config.json names none: of what generation ends
-    with, the first; else that of ChatML, else of GPT-2."""
-    chatml = any(t["content"] == "<|im_end|>" for t in added)
-    return next(filter(None, ends), "<|im_end|>" if chatml else "<|endoftext|>")
+def _usual_end(added):
+    """The token that ends an answer where the folder names none: ChatML's, else GPT-2's."""
+    return "<|im_end|>" if any(t["content"] == "<|im_end|>" for t in added) else "<|endoftext|>"
 
 
 def _end_ids(folder, size):

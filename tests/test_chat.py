@@ -16,7 +16,14 @@ import fast
 import model
 import prepare
 import template
-from data import Example, Task, check_special_tokens, expert_answer, teacher_prompt
+from data import (
+    Example,
+    Task,
+    check_special_tokens,
+    expert_answer,
+    same_answer,
+    teacher_prompt,
+)
 from tokenizer import load_tokenizer
 from train import main
 
@@ -399,6 +406,9 @@ def test_an_empty_thought_is_learned_and_a_thought_is_not_the_answer(bpe, tmp_pa
     thought = ours.encode("<think>\nGold? It is Au.\n</think>\n\nAu<|im_end|>")
     assert ours.read(thought) == "Au"
     assert ours.read(ours.encode("<think>\nGold? It is")) == "<think>\nGold? It is"
+    demonstration = "<think>\nGold.\n</think>\n\nAu"  # as those of thinking models
+    assert same_answer(demonstration)(ours.read(ours.answer(demonstration)))
+    assert same_answer(demonstration)(ours.read(ours.answer("Au")))
 
 
 def test_the_math_template_has_its_default_system_message(bpe, tmp_path):
@@ -517,6 +527,12 @@ def test_a_template_that_fails_is_one_line_that_names_the_folder(what, tmp_path)
     assert time.perf_counter() - began < 60  # it ends
 
 
+def test_a_long_template_and_a_long_chat_are_written(tmp_path):
+    ours = with_template(tmp_path, "{% set x = '{a}' ~ 1 %}" * 3000 + QWEN3)
+    turns = [said(("user", "assistant")[i % 2], "abc {}" * 300) for i in range(199)]
+    assert len(ours.chat(turns)) > 199 * 1800
+
+
 def test_a_run_with_such_a_template_ends_in_its_line(tmp_path, capsys):
     with_template(tmp_path / "model", FAILING["it refuses"][0])
     assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"),
@@ -590,6 +606,21 @@ def test_generation_ends_at_the_first_of_several_ids_as_in_transformers(ours, tm
         assert ours(mine, prompts, 20, temperature=0, eos_id=form) == expected
     assert ours(mine, prompts, 20, temperature=0, eos_id=ends[0]) == [
         greedy(prompt, ends[:1]) for prompt in prompts]
+
+
+def test_a_folders_greedy_answers_are_transformers(tmp_path):
+    """Nobody names an end here: both read generation_config.json."""
+    make_folder(tmp_path, seed=3)
+    lm, prompts = model.GPT.from_pretrained(tmp_path), [[5], [9, 3, 4], [11, 2], [40]]
+    free = model.generate(lm, prompts, 12, temperature=0)
+    generation_config(tmp_path, [2, free[0][3], free[2][6]])
+    theirs, ends = LlamaForCausalLM.from_pretrained(tmp_path), load_tokenizer(tmp_path).eos_ids
+    given = model.generate(lm, prompts, 12, temperature=0, eos_id=ends)
+    assert given != free
+    for prompt, completion in zip(prompts, given):
+        ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
+                              pad_token_id=0)
+        assert completion == ids[0, len(prompt):].tolist()
 
 
 def says(answers):

@@ -53,10 +53,10 @@ def teacher_prompt(tokenizer, example, demo="turn", text_tokens=32):
     """What the teacher sees (§3), as ids: the prompt with its demonstration, if there is one, in
     one of the forms of DEMOS."""
     if not example.chat:
-        return _cut(tokenizer.encode(example.prompt), text_tokens)[0]
+        return begun(tokenizer, _cut(tokenizer.encode(example.prompt), text_tokens)[0])
     system = [{"role": "system", "content": example.system}] if example.system else []
     form = DEMOS[demo] if example.response else bare
-    return tokenizer.chat([*system, *form(example)])
+    return tokenizer.chat([*system, *example.earlier, *form(example)])
 
 
 def user(content):
@@ -65,20 +65,18 @@ def user(content):
 
 def turn(e):
     """The demonstration as an earlier turn: question, answer, the same question again."""
-    answer = {"role": "assistant", "content": e.response}
-    return [*e.earlier, user(e.prompt), answer, user(e.prompt)]
+    return [user(e.prompt), {"role": "assistant", "content": e.response}, user(e.prompt)]
 
 
 def quote(e):
     """The demonstration quoted after the question."""
-    quoted = (f"{e.prompt}\n\nAn expert answered this as follows:\n{e.response}\n\n"
-              "Now give your own answer.")
-    return [*e.earlier, user(quoted)]
+    return [user(f"{e.prompt}\n\nAn expert answered this as follows:\n{e.response}\n\n"
+                 "Now give your own answer.")]
 
 
 def bare(e):
     """The question alone, as the student sees it."""
-    return [*e.earlier, user(e.prompt)]
+    return [user(e.prompt)]
 
 
 DEMOS = {"turn": turn, "quote": quote, "none": bare}  # --demo -> messages, without the system's
@@ -89,6 +87,31 @@ def expert_answer(tokenizer, example, text_tokens=32, longest=None):
     if example.chat:
         return tokenizer.answer(example.response)
     return _cut(tokenizer.encode(example.prompt), text_tokens)[1][:longest]
+
+
+def begun(tokenizer, ids):
+    """A text's ids after what the tokenizer puts before every text (Llama 3: BOS), once."""
+    prefix = list(tokenizer.prefix)
+    return ids if prefix and ids[:len(prefix)] == prefix else [*prefix, *ids]
+
+
+def check_special_tokens(tokenizer, examples):
+    """ValueError for a special token's text (`Paris<|im_end|>`) in the words of a chat.
+
+    In the prompt it would be a token, not its characters; a response would be learned with an end
+    or a token within, and no answer, read without them, could equal it.
+    """
+    special = [t for t, i in tokenizer.added.items()
+               if i in tokenizer.hidden or i in tokenizer.eos_ids]
+    for e in examples:
+        for what in ("system", "prompt", "response") if e.chat else ():
+            text = getattr(e, what)
+            found = [token for token in special if token in text]
+            if found:
+                where = getattr(e, "where", "") or repr(e.prompt[:60])
+                raise ValueError(f"{where}: the {what} contains {max(found, key=len)!r}, a special "
+                                 "token of the model: take it out; the chat template puts in its "
+                                 "own")
 
 
 def _cut(ids, n):

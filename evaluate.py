@@ -70,7 +70,7 @@ def measure(evaluation, model, healthy_states=None, progress=""):
             items[metric] = [float(e.check(t)) for e, t in zip(examples, texts)]
             answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
         for metric, windows in evaluation.windows.items():
-            items[metric] = nats_of(model, windows, bar.update)
+            items[metric] = nats_of(model, windows, bar.update, len(evaluation.tokenizer.prefix))
         if healthy_states is not None:
             states = states_of(evaluation, model, bar.update)
             likeness, layers = compare(states, healthy_states)
@@ -105,12 +105,12 @@ def answers_to(evaluation, model, examples, done, demo="none"):
         answer(model, evaluation.tokenizer, mine, longest, evaluation.generate, done, demo))
 
 
-def nats_of(model, windows, done):
+def nats_of(model, windows, done, prefix=0):
     """Mean nats per token of each of these text windows, four at a time, a list."""
     mine, found = parallel.share(windows), []
     for start in range(0, len(mine), 4):
         part = mine[start:start + 4]
-        found += nats(model, part)
+        found += nats(model, part, prefix)
         done(len(part))
     return parallel.gather(found)
 
@@ -132,8 +132,8 @@ def answer(model, tokenizer, examples, max_new_tokens, generate, done=None, demo
     """Greedy answers, as text; done(n) is called as n of them are ready."""
     prompts = [data.teacher_prompt(tokenizer, e, demo) for e in examples]
     completions = generate(model, prompts, max_new_tokens, temperature=0,
-                           eos_id=tokenizer.eos_id, batch_size=128, done=done)
-    return [tokenizer.decode(ids).strip() for ids in completions]
+                           eos_id=tokenizer.eos_ids, batch_size=128, done=done)
+    return [tokenizer.read(ids) for ids in completions]
 
 
 def best_choice(model, tokenizer, example, score):
@@ -147,12 +147,12 @@ def choice_scores(model, tokenizer, example, score):
 
     It is per character of the choice's own text, without the blank put before it, since choices
     differ in length: acc_norm of lm-evaluation-harness. Whole sentences, which have no context, get
-    the sum (BLiMP). The first token needs one that predicts it, too: where a context
-    is empty, the token that separates documents stands for it.
+    the sum (BLiMP). The first token needs one that predicts it, too: where a context is empty, what
+    the tokenizer puts before a text stands for it, or the token that separates documents.
     """
     contexts, continuations = zip(*example.choices)
     separator = tokenizer.added.get("<|endoftext|>", tokenizer.eos_id)
-    prompts = [tokenizer.encode(t) or [separator] for t in contexts]
+    prompts = [data.begun(tokenizer, tokenizer.encode(t)) or [separator] for t in contexts]
     targets = [tokenizer.encode(t) for t in continuations]
     states = score(model, prompts, targets)[-1]                     # [N, D]
     logp = F.log_softmax(model.head(states).float(), -1)            # [N, V]
@@ -164,13 +164,15 @@ def choice_scores(model, tokenizer, example, score):
     return [total / len(text.removeprefix(" ")) for total, text in zip(sums, continuations)]
 
 
-def nats(model, windows):
-    """Mean negative log-likelihood of each window's tokens after the first, a list."""
-    ids = torch.tensor(windows, device=model.device)
+def nats(model, windows, prefix=0):
+    """Mean negative log-likelihood of each window's tokens after the first, or after its first
+    `prefix` tokens, which are not of the text; a list."""
+    ids, first = torch.tensor(windows, device=model.device), max(1, prefix)
     states = model.backbone(ids[:, :-1])
     found = []
     for x, row in zip(states, ids):  # the logits of one window at a time: [T, V]
-        found.append(F.cross_entropy(model.head(x).float(), row[1:]).item())
+        logits = model.head(x[first - 1:]).float()
+        found.append(F.cross_entropy(logits, row[first:]).item())
     return found
 
 
@@ -252,7 +254,7 @@ def calibration_sequences(c, tokenizer, tasks):
         if e.chat:
             ids = data.student_prompt(tokenizer, e) + tokenizer.answer(e.response)
         else:
-            ids = tokenizer.encode(e.prompt)[:128]
+            ids = data.begun(tokenizer, tokenizer.encode(e.prompt))[:128]
         found.append(ids)
     return found
 

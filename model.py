@@ -326,7 +326,7 @@ def own_copy(model):
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None,
              generator=None, batch_size=64, rows=None, done=None):
-    """Continue each prompt (a list of token ids) until eos_id or max_new_tokens.
+    """Continue each prompt (a list of token ids) until eos_id (one, or several) or max_new_tokens.
 
     Returns the completions, eos included; with rows, indices of some prompts, only theirs, the same
     as among all the others. temperature 0 is greedy. Prompts of like length run together,
@@ -338,18 +338,19 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
         raise ValueError("a prompt has no tokens")
     u = torch.rand(len(prompts), max_new_tokens, generator=generator) if temperature > 0 else None
     rows = range(len(prompts)) if rows is None else rows
+    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     order, completions = sorted(rows, key=lambda i: len(prompts[i])), {}
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
         choose = partial(sample, temperature=temperature, top_p=top_p)
         drawn = u[batch].to(model.device) if temperature > 0 else None
-        texts = _continue(model, [prompts[i] for i in batch], max_new_tokens, choose, drawn, eos_id,
+        texts = _continue(model, [prompts[i] for i in batch], max_new_tokens, choose, drawn, ends,
                           done or (lambda n: None))
         completions.update(zip(batch, texts))
     return [completions[i] for i in rows]
 
 
-def _continue(model, prompts, max_new_tokens, choose, u, eos_id, done):
+def _continue(model, prompts, max_new_tokens, choose, u, ends, done):
     """The completions of one batch of prompts, shortest first; u [B, max_new_tokens] or None."""
     completions, alive = [[] for _ in prompts], list(range(len(prompts)))
     cache, x = _prefill(model, prompts, max_new_tokens)
@@ -357,11 +358,11 @@ def _continue(model, prompts, max_new_tokens, choose, u, eos_id, done):
         tokens = choose(model.head(x), u=None if u is None else u[alive, step])
         ended = 0
         for i, token in zip(alive, tokens.tolist()):
-            if not completions[i] or completions[i][-1] != eos_id:  # else it has ended before
+            if not completions[i] or completions[i][-1] not in ends:  # else it has ended before
                 completions[i].append(token)
-                ended += token == eos_id or step + 1 == max_new_tokens
+                ended += token in ends or step + 1 == max_new_tokens
         done(ended)
-        running = [b for b, i in enumerate(alive) if completions[i][-1] != eos_id]
+        running = [b for b, i in enumerate(alive) if completions[i][-1] not in ends]
         if not running or step + 1 == max_new_tokens:
             return completions
         if len(running) <= 7 / 8 * len(alive):  # to copy the cache costs as much as 1/8 of the rows

@@ -87,11 +87,13 @@ def prepare(c):
     with parallel.first():
         folder = Path(c.model) if c.model else checkpoint.default_model()
     tokenizer = data.load_tokenizer(folder)
+    for task in [*tasks, *forgetting, *further]:
+        groups = task.train, held_out.get(task.name, []), *task.eval.values()
+        data.check_special_tokens(tokenizer, itertools.chain(*groups))
     teachers, student = read_models(c, folder, tokenizer, texts["perplexity"][:4000])
     check_models(c, teachers, student, tokenizer)
     context = min(m.config.context_length for m in [student, *teachers.values()])
-    windows = {metric: data.text_windows(tokenizer, text, length=min(256, context))
-               for metric, text in texts.items()}
+    windows = windows_of(tokenizer, texts, context)
     evaluation = evaluate.Evaluation(
         tokenizer, splits_of([*tasks, *forgetting, *further], c.eval_limit), windows,
         evaluate.cka_sequences(c, tokenizer, [*tasks, *forgetting], windows["perplexity"]),
@@ -163,6 +165,15 @@ def splits_of(tasks, limit):
     measured = {task.name: task for task in tasks if task.eval}  # a text may have a task's name
     return {f"{task.name}_{split}": evaluate.spread(examples, limit)
             for task in measured.values() for split, examples in task.eval.items()}
+
+
+def windows_of(tokenizer, texts, context):
+    """{metric: windows of its text}: 256 ids each, after what the tokenizer puts before a text."""
+    length, windows = min(256, context - len(tokenizer.prefix)), {}
+    for metric, text in texts.items():
+        found = data.text_windows(tokenizer, text, length=length)
+        windows[metric] = [[*tokenizer.prefix, *ids] for ids in found]
+    return windows
 
 
 def calibration_of(c, tokenizer, tasks):
@@ -398,8 +409,9 @@ def answer_lengths(run):
         total = max(prompts) + evaluate.answer_tokens(evaluation, examples)
         found.append((total, max(sizes)[-1]))
         for e in examples:
-            for pair in e.choices:
-                found.append((sum(len(tokenizer.encode(t)) for t in pair), e.where))
+            for context, text in e.choices:
+                ids = data.begun(tokenizer, tokenizer.encode(context)) + tokenizer.encode(text)
+                found.append((len(ids), e.where))
     return found
 
 

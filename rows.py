@@ -463,16 +463,19 @@ def same_json(expected):
 def same_answer(expected):
     """A checker: equal as JSON if a JSON object is expected, else up to case, spaces, a full stop.
 
+    A thought before either, up to </think>, does not count.
+
     >>> check = same_answer("Blue whale")
-    >>> check(" blue  WHALE. "), check("a blue whale")
-    (True, False)
+    >>> check(" blue  WHALE. "), check("a blue whale"), check("<think>Eh</think>blue whale")
+    (True, False, True)
     """
+    expected = expected.rpartition("</think>")[2]
     if expected.lstrip().startswith("{"):
         try:
             return same_json(json.loads(expected))
         except (ValueError, RecursionError):
             pass
-    return lambda answer: _normal(answer) == _normal(expected)
+    return lambda answer: _normal(answer.rpartition("</think>")[2]) == _normal(expected)
 
 
 def _normal(text):

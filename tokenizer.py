@@ -2,6 +2,7 @@
 
 It turns text into ids and back, and a chat into the ids of a prompt.
 """
+import functools
 import json
 import re
 import unicodedata
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import regex  # comes with tiktoken
 import tiktoken
+
+import template
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # As GPT-2's, but a digit stands alone, and white space before a digit counts as at the end.
@@ -36,6 +39,9 @@ class Tokenizer:
         self.any_added = re.compile(f"({'|'.join(longest_first)})") if added else None
         self.pattern, self.normal_form, self.chat_template = pattern, normal_form, chat_template
         self.eos, self.eos_id = eos, self.added.get(eos, vocab.get(eos))
+        self.eos_ids = (self.eos_id,)  # of any of which a text ends; an answer ends with eos_id
+        self.prefix = ()
+        self.special_tokens, self.folder = {}, ""  # for the chat template
         ids = _ids_in_rank_order(vocab, merges, self.added)
         self.id_of = list(ids.values())
         self.lacks = bytes(token[0] for token, i in ids.items() if i is None)
@@ -72,24 +78,63 @@ class Tokenizer:
     def chat(self, messages):
         """[{"role", "content"}, …] -> ids of the prompt for the assistant's next turn.
 
-        ChatML (SmolLM2, Qwen2.5), with the template's own default system message when there is
-        none; a model without ChatML tokens gets a plain transcript: `Question: … Answer:`.
+        As the folder's chat template writes it. Without one: ChatML, if the vocabulary has its
+        tokens, else a plain transcript, `Question: … Answer:`, both begun as any text is. A
+        template that refuses a system message gets it before the first question. ValueError, naming
+        the folder, for a template that fails.
         """
-        if "<|im_start|>" not in self.added:
-            form = {"system": "{}\n\n", "user": "Question: {}\n", "assistant": "Answer: {}\n\n"}
-            turns = [form[m["role"]].format(m["content"]) for m in messages]
-            return self.encode("".join(turns) + "Answer:")
-        default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'{}]+?)<\|im_end\|>",
-                            self.chat_template)
-        if messages[0]["role"] != "system" and default:
-            messages = [{"role": "system", "content": default[1]}, *messages]
-        turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
-        return self.encode("".join(turns) + "<|im_start|>assistant\n")
+        ids = self.encode(self._written(messages, True))
+        return ids if self.chat_template else [*self.prefix, *ids]
+
+    def _written(self, messages, add_generation_prompt=False):
+        own = template.CHATML if "<|im_start|>" in self.added else template.TRANSCRIPT
+        return template.write(self.chat_template or own, messages, add_generation_prompt,
+                              self.special_tokens, self.folder)
 
     def answer(self, text):
-        """The ids of an assistant's answer to a `chat` prompt, end of turn included."""
-        text = text if "<|im_start|>" in self.added else " " + text
-        return [*self.encode(text), self.eos_id]
+        """The ids of an assistant's answer to a `chat` prompt, with exactly one end of turn.
+
+        They are what the template writes after the prompt: it may strip the text, or put something
+        before it (Qwen3: an empty thought). They end with the first of eos_ids that it writes, or,
+        where it writes none, after the text, with eos_id.
+        """
+        prompt, turn = self._turn(text)
+        ids = self._ids_after(prompt, turn)
+        ends = [n for n, i in enumerate(ids) if i in self.eos_ids]
+        if ends:
+            return ids[:ends[0] + 1]
+        said = text if text in turn else text.strip()
+        until = turn.rfind(said) + len(said) if said in turn else len(turn)
+        return [*self._ids_after(prompt, turn[:until]), self.eos_id]
+
+    def _turn(self, text):
+        """(a prompt, what the template writes after it for this answer)."""
+        question = {"role": "user", "content": "?"}
+        prompt = self._written([question], True)
+        whole = self._written([question, {"role": "assistant", "content": text}])
+        if whole.startswith(prompt):
+            return prompt, whole[len(prompt):]
+        at = whole.rfind(text.strip())  # the prompt asks for a thought that a past turn lacks
+        return prompt, whole[at:] if at >= 0 else text
+
+    def _ids_after(self, prompt, text):
+        """The ids of a text that follows a prompt whose ids are there already."""
+        before, both = self.encode(prompt), self.encode(prompt + text)
+        return both[len(before):] if both[:len(before)] == before else self.encode(text)
+
+    def read(self, ids):
+        """A model's answer to a `chat` prompt as text: without its end, what the template puts
+        before each answer, and, if it is a template with thoughts, the thought."""
+        text = self.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids).strip()
+        if "</think>" in self.chat_template:
+            text = text.rpartition("</think>")[2]
+        return text.removeprefix(self.opening).strip()
+
+    @functools.cached_property
+    def opening(self):
+        """What the template puts between a prompt and the answer's first word, as text."""
+        before, word, _ = self._turn("word")[1].partition("word")
+        return self.decode(self.encode(before)).strip() if word else ""
 
 
 def bytes_to_unicode():
@@ -132,10 +177,18 @@ def load_tokenizer(folder):
     else:
         wanted = "no tokenizer.json, and no vocab.json with merges.txt"
         raise FileNotFoundError(f"{wanted}, in {folder}")
-    eos = _end_of_text(config, parts["added"])
-    tokenizer = Tokenizer(**parts, eos=eos, chat_template=_chat_template(folder, config))
+    if "added_tokens_decoder" not in config:  # else transformers, too, leaves this file alone
+        config |= _json(folder / "special_tokens_map.json", {})
+    named = template.special_tokens(config)
+    eos = named.get("eos_token") or _usual_end(parts["added"])
+    tokenizer = Tokenizer(**parts, eos=eos, chat_template=template.chat_template(folder, config))
+    ends = _end_ids(folder, max(tokenizer.bytes_of) + 1)
+    if "eos_token" not in named and ends:
+        tokenizer.eos, tokenizer.eos_id = tokenizer.decode(ends[:1], keep_special=True), ends[0]
     if tokenizer.eos_id is None:
         raise ValueError(f"{folder}: the end-of-text token {eos!r} is not in the vocabulary")
+    tokenizer.eos_ids = tuple(dict.fromkeys([tokenizer.eos_id, *ends]))
+    tokenizer.special_tokens, tokenizer.folder = named, folder
     return tokenizer
 
 
@@ -186,22 +239,28 @@ def _vocab_and_merges(folder, config):
             "normal_form": form}
 
 
-def _end_of_text(config, added):
-    """The token that ends an answer: tokenizer_config.json's, else the one that is usual."""
-    eos = config.get("eos_token")
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    chatml = any(t["content"] == "<|im_end|>" for t in added)
-    return eos or ("<|im_end|>" if chatml else "<|endoftext|>")
+def _usual_end(added):
+    """The token that ends an answer where the folder names none: ChatML's, else GPT-2's."""
+    return "<|im_end|>" if any(t["content"] == "<|im_end|>" for t in added) else "<|endoftext|>"
 
 
-def _chat_template(folder, config):
-    """The chat template's text: chat_template.jinja's, else tokenizer_config.json's, or ""."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = config.get("chat_template") or ""
-    if isinstance(template, list):  # several, by name
-        return next((t["template"] for t in template if t["name"] == "default"), "")
-    return template
+def _end_ids(folder, size):
+    """The ids at which generation_config.json, else config.json, ends a text, a list.
+
+    ValueError for one that is not an id: below config.json's vocab_size, or, if it has none, size.
+    """
+    config = _json(folder / "config.json", {})
+    size = config["vocab_size"] if type(config.get("vocab_size")) is int else size
+    for name in ("generation_config.json", "config.json"):
+        said = _json(folder / name, {}).get("eos_token_id")
+        if said is not None:
+            ids = said if isinstance(said, list) else [said]
+            wrong = [i for i in ids if type(i) is not int or not 0 <= i < size]
+            if wrong:
+                raise ValueError(f"{folder}/{name}: eos_token_id {wrong[0]!r} is not an id of the "
+                                 f"vocabulary, a whole number from 0 to {size - 1}")
+            return ids
+    return []
 
 
 def _json(path, default=None):

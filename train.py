@@ -429,7 +429,7 @@ def answers(run, student, prompts, generator, rows):
     c = run.config
     return run.generate(
         parallel.whole(student, getattr(torch, c.dtype)), prompts, c.rollout_tokens, c.temperature,
-        c.top_p, run.evaluation.tokenizer.eos_id, generator, batch_size=c.batch_size, rows=rows)
+        c.top_p, run.evaluation.tokenizer.eos_ids, generator, batch_size=c.batch_size, rows=rows)
 
 
 def show_step(run, student, teacher, lesson):

@@ -119,11 +119,16 @@ def _ids_in_rank_order(vocab, merges, added):
 
 
 def load_tokenizer(folder):
-    """The Tokenizer of a Hugging Face folder: tokenizer.json, or vocab.json with merges.txt.
+    """The Tokenizer of a Hugging Face folder (tokenizer.json, or vocab.json with merges.txt), or of
+    a GGUF file.
 
     FileNotFoundError when neither is there; ValueError for one that is not byte-level BPE.
     """
     folder = Path(folder)
+    if folder.is_file():
+        from checkpoint import tokenizer_folder
+        with tokenizer_folder(folder) as unpacked:
+            return load_tokenizer(unpacked)
     config = _json(folder / "tokenizer_config.json", {})
     if (folder / "tokenizer.json").exists():
         parts = _tokenizer_json(folder)

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import evaluate
 import guard
 import parallel
@@ -468,10 +468,7 @@ def save(run, results, students):
     for stage, student in students.items():
         folder = out / stage.replace("recovered", "student")
         student.save_pretrained(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                     "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
-            if (run.folder / name).exists():
-                shutil.copy(run.folder / name, folder / name)
+        checkpoint.copy_tokenizer(run.folder, folder)
     text = evaluate.to_json(results, indent=1) + "\n"
     (out / "results.json.part").write_text(text, encoding="utf-8")
     os.replace(out / "results.json.part", out / "results.json")

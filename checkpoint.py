@@ -191,7 +191,8 @@ def config_of(hf):
     arithmetic in a way that it lacks, and for one that is not known.
     """
     kind = hf.get("model_type")
-    require(kind in ARCHITECTURES, f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+    require(str(kind) in ARCHITECTURES,
+            f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
     check_quantization(hf)
     _check_keys(hf, kind)
     sizes = {ours: _count(hf, theirs) for ours, theirs in _sizes(kind).items()}
@@ -200,7 +201,7 @@ def config_of(hf):
     require(free or d % heads == 0, f"{d} dimensions (hidden_size, n_embd) are not a multiple of "
                                     f"{heads} heads (num_attention_heads, n_head)")
     found = _gpt2(hf, d, heads) if kind == "gpt2" else _llama(hf, kind, sizes)
-    require(found["activation"] in ACTIVATIONS,
+    require(str(found["activation"]) in ACTIVATIONS,
             f"hidden_act or activation_function {found['activation']!r} is not one of "
             f"{', '.join(ACTIVATIONS)}")
     tied = _flag(hf, "tie_word_embeddings", kind in ("gpt2", "smollm3"))
@@ -223,7 +224,7 @@ def check_quantization(hf):
             raise ValueError(_quantized(f"{key}: {', '.join([str(method), *bits])}"))
 
 
-def _quantized(how):
+def _quantized(how=""):
     return (f"the checkpoint is quantized ({how}), which is not read: dequantize it and save that "
             "as safetensors, or pass a GGUF file of the model")
 
@@ -287,7 +288,8 @@ def _rope(hf, context, width):
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     require(isinstance(rope, dict), f"rope_scaling must be an object, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    require(kind in ROPE, f"RoPE scaling (rope_type) {kind!r} is not one of {', '.join(ROPE)}")
+    require(str(kind) in ROPE, f"rope_type {kind!r} of rope_scaling (RoPE) is not one of "
+                               f"{', '.join(ROPE)}")
     theta = _number(rope if rope.get("rope_theta") is not None else hf, "rope_theta", 1e4)
     scaling = {key: value for key, value in rope.items()
                if key not in ("type", "rope_type", "rope_theta") and value is not None}
@@ -295,8 +297,8 @@ def _rope(hf, context, width):
     for key in sorted(set(scaling) ^ ROPE[kind]):
         optional = {"llama3": ["original_max_position_embeddings"],
                     "longrope": ["original_max_position_embeddings", "factor"]}.get(kind, [])
-        require(key in ROPE[kind] | set(optional), f"the RoPE scaling {kind} has no {key}")
-        require(key in scaling, f"the RoPE scaling {kind} needs {key}")
+        require(key in ROPE[kind] | set(optional), f"rope_scaling {kind} (RoPE) has no {key}")
+        require(key in scaling, f"rope_scaling {kind} (RoPE) needs {key}")
     if kind == "default":
         return theta, {}
     if kind == "longrope":
@@ -314,11 +316,11 @@ def _one_factor_a_pair(scaling, width):
     """longrope where it is the same at every length: each frequency is divided by a number."""
     short = scaling["short_factor"]
     same = short == scaling["long_factor"] and scaling["attention_factor"] == 1
-    require(same, "RoPE scaling longrope is implemented only where long_factor is short_factor "
-                  "and attention_factor is 1")
+    require(same, "rope_scaling longrope is implemented only where long_factor is short_factor and "
+                  "attention_factor is 1")
     require(isinstance(short, list) and len(short) == width // 2
             and all(isinstance(x, int | float) and x > 0 for x in short),
-            f"short_factor must be {width // 2} positive numbers")
+            f"short_factor of rope_scaling must be {width // 2} positive numbers")
     return {"rope_type": "longrope", **scaling}
 
 
@@ -374,8 +376,9 @@ def config_json(c):
         ours |= dict(attention_bias=c.qkv_bias)
     if "mlp_bias" in READ.get(kind, ()):
         ours |= dict(mlp_bias=c.mlp_bias)
-    if kind == "smollm3":
-        ours |= dict(no_rope_layers=[int(i not in c.no_rope) for i in range(c.n_layer)])
+    if kind == "smollm3":  # transformers' own padding id may lie beyond the vocabulary
+        ours |= dict(no_rope_layers=[int(i not in c.no_rope) for i in range(c.n_layer)],
+                     pad_token_id=c.hf.get("pad_token_id"))
     if kind == "mistral":
         ours |= dict(sliding_window=None)
     kept = {key: value for key, value in c.hf.items() if key != "rope_parameters"}
@@ -524,10 +527,10 @@ def check_tensors(path, model, tensors):
     config, known = model.config, set()
     buffers = ".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"  # of older transformers
     weights = {key: w for key, w in tensors.items() if not key.endswith(buffers)}
-    for key, w in weights.items():
-        how = MARKS.get(key.rpartition(".")[2]) or ".quant_state." in key and "bitsandbytes"
-        how = how or w.dtype not in FLOATS and f"{key} is of type {str(w.dtype)[6:]}"
-        require(not how, f"{path}: {_quantized(how)}")
+    hows = [MARKS[key.rpartition(".")[2]] for key in weights if key.rpartition(".")[2] in MARKS]
+    hows += [f"{key} is of type {str(w.dtype)[6:]}" for key, w in weights.items()
+             if w.dtype not in FLOATS]
+    require(not hows, f"{path}: {_quantized(*hows[:1])}")
     for name, p in model.named_parameters():
         key, part, transposed = tensor_name(config, name)
         known.add(key)

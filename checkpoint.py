@@ -535,9 +535,9 @@ def check_tensors(path, model, tensors):
         key, part, transposed = tensor_name(config, name)
         known.add(key)
         require(key in weights, f"{path}: tensor {key} is missing from the safetensors files")
-        shape = list(p.shape) if part is None else [3 * len(p), *p.shape[1:]]
+        shape = tuple(p.shape) if part is None else (3 * len(p), *p.shape[1:])
         shape = shape[::-1] if transposed else shape
-        given = list(weights[key].shape)
+        given = tuple(weights[key].shape)
         require(given == shape, f"{path}: tensor {key} has shape {given}, which does not fit "
                                 f"{shape} from config.json")
     unknown = [key for key in weights if key not in known]
@@ -782,8 +782,7 @@ def _split_by(pattern):
 
 PRE = {  # tokenizer.ggml.pre -> pre_tokenizers of a tokenizer.json
     "gpt-2": [LEVEL], "smollm": [DIGITS, LEVEL], "qwen2": _split_by(WORDS % ""),
-    "llama-bpe": _split_by(WORDS % "{1,3}")}
-PRE |= {"llama3": PRE["llama-bpe"], "llama-v3": PRE["llama-bpe"]}
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _split_by(WORDS % "{1,3}"))}
 TOKENIZER_READ = set("""
     ggml.model ggml.pre ggml.tokens ggml.token_type ggml.merges ggml.scores ggml.add_bos_token
     ggml.token_type_count chat_template chat_templates huggingface.json""".split())
@@ -933,7 +932,7 @@ def download(folder):
 def convert(gguf, folder):
     """GGUF -> config.json, model.safetensors (float32), tokenizer.json, tokenizer_config.json."""
     config, tensors = read_gguf(gguf)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", {**config_json(config), "torch_dtype": "float32"})
     copy_tokenizer(gguf, folder)

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import checkpoint
+import train
 from checkpoint import config_json, config_of
 from model import GPT, GPTConfig, rope_frequencies
 from quant import bake_, quantize_
@@ -261,7 +262,7 @@ MORE = {  # values of keys that a default config.json may lack, or of another fo
          "attention_factor": 1.0, "original_max_position_embeddings": 64, "factor": 1.0},
         {"rope_type": "longrope", "short_factor": [2.0] * 4, "long_factor": [3.0] * 4,
          "attention_factor": 1.0, "original_max_position_embeddings": 8, "factor": 8.0}],
-    "rope_theta": [77.0], "partial_rotary_factor": [0.5], "head_dim": [None, 8],
+    "rope_theta": [77.0], "partial_rotary_factor": [0.5], "head_dim": [8],
     "no_rope_layers": [[0, 0, 1], None], "no_rope_layer_interval": [2],
     "layer_types": [["sliding_attention"] * LAYERS], "mlp_bias": [True], "attention_bias": [True],
     "hidden_act": ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh"],
@@ -684,7 +685,8 @@ def put(writer, key, value):
     add(key, value)
 
 
-def write_gguf(path, model, pre="smollm", quantized=None, tensors=None, tokenizer=None, **fields):
+def write_gguf(path, model, pre="smollm", quantized=None, tensors=None, tokenizer=None,
+               chat="{{ messages }}", **fields):
     """A GGUF file of a small model, its matrices of type `quantized`, else in float32.
 
     tensors, tokenizer, fields: what is added or changed; None takes it away.
@@ -699,7 +701,7 @@ def write_gguf(path, model, pre="smollm", quantized=None, tensors=None, tokenize
     for key, value in said.items():
         if value is not None:
             put(writer, f"tokenizer.ggml.{key}", value)
-    writer.add_chat_template("{{ messages }}")
+    writer.add_chat_template(chat)
     for name, w in (as_llama_cpp_stores(model) | (tensors or {})).items():
         kind = quantized if quantized and w.ndim == 2 else F32
         if w.dtype == numpy.uint8:
@@ -888,6 +890,48 @@ def test_a_gguf_file_says_whether_texts_begin_with_the_bos(pre, said, begins, tm
     checkpoint.copy_tokenizer(path, tmp_path)
     ids = AutoTokenizer.from_pretrained(tmp_path).encode("the the")
     assert (ids[0] == 1) == begins and ids.count(1) == begins
+
+
+# ------------------------------------------------------------------------------ a whole run of them
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+QUICK = ["--steps", "1", "--batch-size", "2", "--rollout-tokens", "4", "--eval-tokens", "3",
+         "--eval-limit", "4", "--cka-samples", "4", "--group-size", "16", "--teacher-check", "0"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_run_on_a_gguf_file_leaves_an_ordinary_folder(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.draw", lambda *_: False)
+    path = write_gguf(tmp_path / "small.gguf", small(kind, context_length=1024), chat=CHATML)
+    argv = ["--model", str(path), "--out", str(tmp_path / "out"), *QUICK]
+    assert train.main(argv) == 0
+    student = tmp_path / "out" / "student"
+    assert json.loads((student.parent / "results.json").read_text())["config"]["model"] == str(path)
+    theirs = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    same_logits(GPT.from_pretrained(student), theirs)
+    mine, tokenizer = load_tokenizer(path), AutoTokenizer.from_pretrained(student)
+    assert tokenizer.encode(TEXT) == mine.encode(TEXT) == load_tokenizer(student).encode(TEXT)
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|im_end|>", CHATML)
+
+
+def test_every_model_of_a_run_may_be_a_name_or_a_gguf_file(hub, tmp_path):
+    """The configuration, and so results.json, keeps the name that the user gave."""
+    path = write_gguf(tmp_path / "small.gguf", small(context_length=1024), chat=CHATML)
+    snapshot = hub / "models--org--small" / "snapshots" / COMMIT
+    checkpoint.convert(path, snapshot)
+    other = write_gguf(tmp_path / "other.gguf", small(context_length=1024, d_ff=48), chat=CHATML)
+    name = f"org/small@{COMMIT}"
+    argv = ["--out", str(tmp_path / "out"), *QUICK, "--recover", "kd", "--model", name]
+    run = train.prepare(train.parse([*argv, "--student", str(other), "--teacher", str(path)]))
+    assert (run.config.model, run.folder) == (name, snapshot)
+    assert list(run.teachers) == ["base", str(path)] and run.student.config.d_ff == 48
+    for a, b in zip(run.teachers[str(path)].parameters(), run.teachers["base"].parameters()):
+        assert torch.equal(a, b)
+    run = train.prepare(train.parse([*argv, "--bootstrap", str(other)]))
+    assert run.teachers[str(other)].config.d_ff == 48
+    with pytest.raises(FileNotFoundError, match="hf download org/none"):
+        train.prepare(train.parse([*argv, "--teacher", "org/none"]))
 
 
 # ------------------------------------------------------------------- the default model, from GGUF

@@ -30,6 +30,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -429,6 +430,8 @@ def read_model(path, dtype=torch.float32, device="cpu"):
     else:
         config, tensors = read_config(path), read_tensors(path)
     config, tensors = heads_settled(config, with_prefix(config, tensors))
+    require(config.n_layer <= len(tensors), f"{path}: {config.n_layer} layers (num_hidden_layers, "
+                                            f"n_layer) cannot be made of {len(tensors)} tensors")
     try:
         with torch.device("meta"):
             model = GPT(config)
@@ -516,7 +519,7 @@ def heads_settled(config, tensors):
     if config.tie_embeddings and head in tensors:
         if table not in tensors:
             tensors = {**tensors, table: tensors[head]}
-        elif not torch.equal(tensors[table], tensors[head]):
+        elif not torch.equal(tensors[table], tensors[head].to(tensors[table].dtype)):
             return dataclasses.replace(config, tie_embeddings=False), tensors
         tensors = {key: w for key, w in tensors.items() if key != head}
     return config, tensors
@@ -644,6 +647,7 @@ def _open_gguf(path, size, time):
     try:
         reader = GGUFReader(path)
         said = {name: f.contents() for name, f in reader.fields.items()}
+        reader.fields.clear()  # an array for each token
     except Exception as error:  # it has none of its own
         what = " ".join(str(error).split())
         raise ValueError(f"{path}: not a readable GGUF file, or a part of one ({what})") from None
@@ -694,9 +698,7 @@ def gguf_config(said, tensors):
 
 def _rounded(value):
     """A float32 as the shortest decimal that is it: 1e-05, not 9.999999747378752e-06."""
-    if not isinstance(value, float) or not math.isfinite(value):
-        return value
-    return float(f"{value:.7g}")
+    return float(str(numpy.float32(value))) if isinstance(value, float) else value
 
 
 def _gguf_heads(arch, own, hf):

@@ -124,11 +124,13 @@ def load_tokenizer(folder):
 
     FileNotFoundError when neither is there; ValueError for one that is not byte-level BPE.
     """
+    from checkpoint import check_folder, tokenizer_folder
     folder = Path(folder)
     if folder.is_file():
-        from checkpoint import tokenizer_folder
         with tokenizer_folder(folder) as unpacked:
             return load_tokenizer(unpacked)
+    if folder.is_dir():
+        check_folder(folder)
     config = _json(folder / "tokenizer_config.json", {})
     if (folder / "tokenizer.json").exists():
         parts = _tokenizer_json(folder)

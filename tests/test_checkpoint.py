@@ -88,8 +88,10 @@ def another_head(tensors):
 
 
 def same_head(tensors):
+    """And of another type, in which it is the same."""
     table, = (key for key in tensors if key.endswith(("embed_tokens.weight", "wte.weight")))
-    tensors["lm_head.weight"] = tensors[table].clone()
+    tensors[table] = tensors[table].bfloat16()
+    tensors["lm_head.weight"] = tensors[table].float()
 
 
 @pytest.mark.parametrize("change", [bare, head_alone, another_head, same_head])
@@ -604,6 +606,15 @@ def test_what_is_not_in_the_cache_is_fetched_where_huggingface_hub_is(hub, monke
         checkpoint.resolve("org/newer")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_a_git_lfs_pointer_is_named(name, tmp_path):
+    checkpoint.copy_tokenizer(write_gguf(tmp_path / "small.gguf", small()), tmp_path)
+    load_tokenizer(tmp_path)
+    pointer_instead_of(name)(tmp_path)
+    with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer.*git lfs pull"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     write("llama-tied", tmp_path)
     with pytest.raises(ValueError, match="neither a folder nor a GGUF file"):
@@ -823,6 +834,7 @@ REFUSED = {  # what a GGUF file may say that is not implemented -> what the mess
     "unknown tensor": (dict(tensors={"blk.0.attn_sinks.weight": BIG}), "attn_sinks"),
     "longrope": (dict(tensors={"rope_factors_long.weight": BIG[0]}), "rope_factors_long"),
     "too many layers": ({"block_count": 3}, "model.layers.2"),
+    "far too many": ({"block_count": 10 ** 9}, "1000000000 layers"),
     "too few": ({"block_count": 1}, "model.layers.1"),
     "rows": (dict(tensors={"blk.0.attn_q.weight": numpy.zeros((36, 32), numpy.float32)}), "q_proj"),
     "infinite": (dict(tensors={"blk.0.ffn_up.weight": numpy.full((64, 32), numpy.inf,

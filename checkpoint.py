@@ -65,6 +65,7 @@ def resolve(name):
         path = _cached(hub[1], hub[2] or "main") or _fetched(hub[1], hub[2])
     if path.is_dir():
         check_folder(path)
+        existing(path / "config.json")
     else:
         check_file(path)
         with path.open("rb") as file:
@@ -163,7 +164,7 @@ ONLY = {  # keys that change the arithmetic, and the one value that is implement
     "reorder_and_upcast_attn": False, "add_cross_attention": False, "is_encoder_decoder": False,
     "use_sliding_window": False, "use_mrope": False, "pretraining_tp": 1,
     "rope_interleaved": False, "partial_rotary_factor": 1.0, "attention_bias": False,
-    "mlp_bias": False, "pruned_heads": {}}
+    "mlp_bias": False, "is_causal": True, "pruned_heads": {}}
 SLIDING = {"sliding_window", "max_window_layers"}  # they say nothing without use_sliding_window
 INERT_IN = {"qwen2": SLIDING, "qwen3": SLIDING, "smollm3": SLIDING | {"pretraining_tp"}}
 INERT = set("""
@@ -245,8 +246,9 @@ def _check_keys(hf, kind):
         elif key not in known and not key.endswith("_token_id"):
             raise ValueError(f"the key {key!r} ({value!r}) is not known for {kind}, and might "
                              "change what the model computes")
-    require(kind != "mistral" or hf.get("sliding_window", 4096) is None,
-            "sliding_window must be null: sliding-window attention is not implemented")
+    window = hf.get("sliding_window", 4096) if kind == "mistral" else None  # transformers' default
+    require(window is None, f"sliding_window must be null for mistral, not {window!r}: attention "
+                            "over a window is not implemented")
 
 
 def _gpt2(hf, d, heads):
@@ -473,7 +475,8 @@ def read_tensors(folder):
         files = [existing(folder / name) for name in _shards(index)]
     pickles = [path.name for kind in ("bin", "pt", "pth") for path in folder.glob(f"*.{kind}")]
     require(files or not pickles, f"{folder} has {pickles[:1]} but no *.safetensors: a pickle can "
-                                  "run code and is not read; save the model as safetensors")
+                                  "run code and is not read; load it in transformers and save it "
+                                  "as safetensors (save_pretrained)")
     require(files, f"{folder}: no *.safetensors file in it")
     tensors = {}
     for file in files:

@@ -198,6 +198,8 @@ def config_of(hf):
     check_quantization(hf)
     _check_keys(hf, kind)
     sizes = {ours: _count(hf, theirs) for ours, theirs in _sizes(kind).items()}
+    require(sizes["n_layer"] <= 10_000,
+            f"{sizes['n_layer']} layers (num_hidden_layers, n_layer) are too many")
     d, heads = sizes["d_model"], sizes["n_head"]
     free = kind not in ("gpt2", "llama") and hf.get("head_dim")  # as in transformers
     require(free or d % heads == 0, f"{d} dimensions (hidden_size, n_embd) are not a multiple of "
@@ -269,7 +271,8 @@ def _llama(hf, kind, sizes):
                                  f"num_key_value_heads {groups}")
     require(width % 2 == 0, f"head_dim {width} must be even: RoPE turns pairs")
     types = hf.get("layer_types")
-    require(types is None or types == ["full_attention"] * layers,
+    whole = isinstance(types, list) and types.count("full_attention") == len(types) == layers
+    require(types is None or whole,
             f"layer_types must be full_attention for each of {layers} layers, not {types!r}")
     biased = _flag(hf, "attention_bias", False)
     theta, scaling = _rope(hf, sizes["context_length"], width)
@@ -342,11 +345,11 @@ def _no_rope(hf, kind, layers):
 
 
 def _count(hf, key):
-    """hf[key], a positive integer."""
+    """hf[key], a positive integer of 31 bits."""
     require(key in hf, f"no entry {key!r}")
     value = hf[key]
-    require(isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f"{key} must be a positive integer, not {value!r}")
+    require(isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2 ** 31,
+            f"{key} must be a positive integer (of at most 31 bits), not {value!r}")
     return value
 
 

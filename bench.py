@@ -84,7 +84,7 @@ def ours(o):
         fast.keep_freed_memory()
     if o.dtype == "auto":
         o.dtype = "bfloat16" if parallel.bfloat16_is_fast(o.device) else "float32"
-    folder = o.model or checkpoint.default_model()
+    folder = checkpoint.resolve(o.model) if o.model else checkpoint.default_model()
     tokenizer = data.load_tokenizer(folder)
     ids = [tokenizer.chat(p) for p in prompts(o.batch_size)]
     student, teacher = models(o, folder)

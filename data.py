@@ -103,12 +103,13 @@ def check_special_tokens(tokenizer, examples):
     """
     special = [t for t, i in tokenizer.added.items()
                if i in tokenizer.hidden or i in tokenizer.eos_ids]
-    for e in examples:
-        for what in ("system", "prompt", "response") if e.chat else ():
-            text = getattr(e, what)
+    for e in (e for e in examples if e.chat):
+        words = {"system message": e.system, "prompt": e.prompt, "response": e.response,
+                 "earlier turns": " ".join(turn["content"] for turn in e.earlier)}
+        for what, text in words.items():
             found = [token for token in special if token in text]
             if found:
-                where = getattr(e, "where", "") or repr(e.prompt[:60])
+                where = e.where or repr(e.prompt[:60])
                 raise ValueError(f"{where}: the {what} contains {max(found, key=len)!r}, a special "
                                  "token of the model: take it out; the chat template puts in its "
                                  "own")

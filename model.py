@@ -1,15 +1,18 @@
-"""GPT-2, Llama and Qwen2 as one class: a decoder-only transformer, and batched generation.
+"""GPT-2, Llama, Mistral, Qwen2, Qwen3 and SmolLM3 as one class: a decoder-only transformer, and
+batched generation.
 
-One `GPTConfig` describes them all. What differs is learned positions or RoPE, LayerNorm or RMSNorm,
-a plain or a gated FFN, and which linears carry a bias. Sub-modules carry the names of a Llama
-checkpoint. Shapes: B rows, T tokens of this call, S tokens in the cache, D model width, H heads,
-G key-value heads, K head width, V vocabulary. Padding stands on the right, where a causal model
-needs no mask for it: a real token never looks to its right, and a token's position is its column.
+One `GPTConfig` describes them all. What differs is learned positions or RoPE (scaled in Llama 3,
+not in every layer of SmolLM3), LayerNorm or RMSNorm (in Qwen3 of queries and keys, too), a plain or
+a gated FFN, and which linears carry a bias. Sub-modules carry the names of a Llama checkpoint.
+Shapes: B rows, T tokens of this call, S tokens in the cache, D model width, H heads, G key-value
+heads, K head width, V vocabulary. Padding stands on the right, where a causal model needs no mask
+for it: a real token never looks to its right, and a token's position is its column.
 
 Attention has one seam, `attend(q, k, v)`: plain causal attention, or a KVCache's, or one that is
 passed in. Everything else treats each token alike.
 """
 import copy
+import math
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 class GPTConfig:
     """Sizes and switches of one decoder."""
 
-    model_type: str = "llama"       # gpt2 | llama | qwen2
+    model_type: str = "llama"       # gpt2 | llama | mistral | qwen2 | qwen3 | smollm3
     vocab_size: int = 49152         # V
     n_layer: int = 30
     d_model: int = 576              # D
@@ -40,7 +43,19 @@ class GPTConfig:
     out_bias: bool = False          # bias of the attention output projection
     mlp_bias: bool = False
     tie_embeddings: bool = True     # the head is the embedding matrix
+    activation: str = ""            # of the FFN, in ACTIVATIONS; "": silu, in GPT-2 gelu_new
+    rope_scaling: dict = field(default_factory=dict)  # as in config.json, see rope_frequencies
+    no_rope: tuple = ()             # the layers that do without RoPE
     hf: dict = field(default_factory=dict, repr=False, compare=False)  # config.json, as it was read
+
+    def __post_init__(self):
+        self.activation = self.activation or ("gelu_new" if self.model_type == "gpt2" else "silu")
+
+
+ACTIVATIONS = {  # by their names in a config.json
+    "silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -111,10 +126,32 @@ class KVCache:
         self.length = self.length[rows]
 
 
+def rope_frequencies(config, device=None):
+    """[K/2]: the angle, in radians, by which each pair turns from a token to the next,
+    theta^(-2i/K), scaled as `rope_scaling` says.
+
+    linear: all slower by `factor`. longrope: each slower by its own. llama3: as they are where a
+    turn takes less than original / high tokens, slower by `factor` where it takes more than
+    original / low, and in between by a weighted mean of the two.
+    """
+    half = torch.arange(0, config.head_dim, 2, device=device).float()
+    frequencies, scaling = config.rope_theta ** (-half / config.head_dim), config.rope_scaling
+    kind = scaling.get("rope_type")
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "longrope":
+        return frequencies / torch.tensor(scaling["short_factor"], device=device)
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
+    return frequencies
+
+
 def rope_angles(config, positions, dtype):
-    """(cos, cos), (-sin, sin) [B or 1, T, 1, K] of the angles position * theta^(-2i/K)."""
-    half = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    frequencies = config.rope_theta ** (-half / config.head_dim)
+    """(cos, cos), (-sin, sin) [B or 1, T, 1, K] of the angles position * frequency."""
+    frequencies = rope_frequencies(config, positions.device)
     angles = positions[..., None].float() * frequencies  # in float32 until the last moment
     cos, sin = angles.cos()[:, :, None].to(dtype), angles.sin()[:, :, None].to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -135,13 +172,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
+        self.has_norms = c.model_type == "qwen3"
+        if self.has_norms:  # of each head's query and key, whose size then changes nothing
+            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
 
     def forward(self, x, rope, attend):
         """x [B, T, D] -> [B, T, D]; rope is (cos, sin) or None."""
         B, T, _ = x.shape
-        dtype = attention_dtype(x.device, x.dtype)
-        q, k, v = (linear(x).view(B, T, -1, self.head_dim).to(dtype)
+        q, k, v = (linear(x).view(B, T, -1, self.head_dim)
                    for linear in (self.q_proj, self.k_proj, self.v_proj))
+        if self.has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (heads.to(attention_dtype(x.device, x.dtype)) for heads in (q, k, v))
         if rope:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return self.o_proj(attend(q, k, v).reshape(B, T, -1).to(x.dtype))
@@ -150,7 +193,7 @@ class Attention(nn.Module):
 # ------------------------------------------------------------------------------------- the model
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) for Llama and Qwen2, down(gelu(up(x))) for GPT-2."""
+    """down(act(up(x))) for GPT-2, down(act(gate(x)) * up(x)) for the others."""
 
     def __init__(self, c):
         super().__init__()
@@ -158,11 +201,12 @@ class MLP(nn.Module):
             self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=c.mlp_bias)
+        self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x):
         if hasattr(self, "gate_proj"):
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -239,11 +283,12 @@ class GPT(nn.Module):
         attends = [attend] * len(self.layers)
         if cache:
             attends = cache.attends(positions, longest)
-        for layer, attend_of_layer in zip(self.layers, attends):
+        for i, layer in enumerate(self.layers):
+            turned = None if i in self.config.no_rope else rope
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, attend_of_layer, use_reentrant=False)
+                x = checkpoint(layer, x, turned, attends[i], use_reentrant=False)
             else:
-                x = layer(x, rope, attend_of_layer)
+                x = layer(x, turned, attends[i])
             if hidden:
                 states.append(x)
         x = self.norm(x)
@@ -285,7 +330,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """The model of a Hugging Face folder; FileNotFoundError or ValueError in one line."""
+        """The model of a Hugging Face folder or of a GGUF file; FileNotFoundError or ValueError in
+        one line."""
         from checkpoint import read_model
         return read_model(folder, dtype, device)
 

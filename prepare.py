@@ -84,13 +84,13 @@ def prepare(c):
     dropped = drop_measured_([*tasks, *forgetting], further)
     tasks, held_out = hold_out(tasks)
     texts = read_texts(c)
-    with parallel.first():
-        folder = Path(c.model) if c.model else checkpoint.default_model()
+    paths = resolve_models(c)
+    folder = paths[c.model]
     tokenizer = data.load_tokenizer(folder)
     for task in [*tasks, *forgetting, *further]:
         groups = task.train, held_out.get(task.name, []), *task.eval.values()
         data.check_special_tokens(tokenizer, itertools.chain(*groups))
-    teachers, student = read_models(c, folder, tokenizer, texts["perplexity"][:4000])
+    teachers, student = read_models(c, paths, tokenizer, texts["perplexity"][:4000])
     check_models(c, teachers, student, tokenizer)
     context = min(m.config.context_length for m in [student, *teachers.values()])
     windows = windows_of(tokenizer, texts, context)
@@ -259,22 +259,36 @@ def read_texts(c):
     return texts
 
 
-def read_models(c, folder, tokenizer, text):
+def resolve_models(c):
+    """{name, as the user gave it: the path of that folder or GGUF file}; "" is the default model.
+
+    The first process fetches what is not there.
+    """
+    named = {*c.teacher.split(",")} - {"healthy", "base"} | {c.model, c.student, c.bootstrap}
+    with parallel.first():
+        paths = {name: checkpoint.resolve(name) for name in sorted(named - {""})}
+        if not c.model:
+            paths[""] = checkpoint.default_model()
+    return paths
+
+
+def read_models(c, paths, tokenizer, text):
     """Who can teach, by name, and the student, not yet damaged by us."""
     dtype = getattr(torch, c.dtype)
     own = dtype if c.lora else torch.float32  # what the student is held in
-    student = GPT.from_pretrained(folder, own, c.device)
+    student = GPT.from_pretrained(paths[c.model], own, c.device)
     teachers = {"base": frozen_copy(student, dtype)}
     folders = {*c.teacher.split(","), c.bootstrap} - {"healthy", "base", ""}
     for name in sorted(folders):
-        teachers[name] = GPT.from_pretrained(name, dtype, c.device).eval().requires_grad_(False)
+        teacher = GPT.from_pretrained(paths[name], dtype, c.device)
+        teachers[name] = teacher.eval().requires_grad_(False)
     for name in sorted(folders | {c.student} - {""}):
-        other, chat = data.load_tokenizer(name), [{"role": "user", "content": text}]
+        other, chat = data.load_tokenizer(paths[name]), [{"role": "user", "content": text}]
         same = other.encode(text) == tokenizer.encode(text)
         require(same and other.chat(chat) == tokenizer.chat(chat),
-                f"{name}: its tokenizer must be that of the healthy model, {folder}")
+                f"{name}: its tokenizer must be that of the healthy model, {paths[c.model]}")
     if c.student:
-        student = GPT.from_pretrained(c.student, own, c.device)
+        student = GPT.from_pretrained(paths[c.student], own, c.device)
     return teachers, student
 
 

@@ -164,11 +164,18 @@ def _ids_in_rank_order(vocab, merges, added):
 
 
 def load_tokenizer(folder):
-    """The Tokenizer of a Hugging Face folder: tokenizer.json, or vocab.json with merges.txt.
+    """The Tokenizer of a Hugging Face folder (tokenizer.json, or vocab.json with merges.txt), or of
+    a GGUF file.
 
     FileNotFoundError when neither is there; ValueError for one that is not byte-level BPE.
     """
+    from checkpoint import check_folder, tokenizer_folder
     folder = Path(folder)
+    if folder.is_file():
+        with tokenizer_folder(folder) as unpacked:
+            return load_tokenizer(unpacked)
+    if folder.is_dir():
+        check_folder(folder)
     config = _json(folder / "tokenizer_config.json", {})
     if (folder / "tokenizer.json").exists():
         parts = _tokenizer_json(folder)

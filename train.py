@@ -16,7 +16,6 @@ import datetime
 import math
 import os
 import platform
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import evaluate
 import guard
 import parallel
@@ -556,10 +556,7 @@ def save_student(source, student, folder):
     """DIR/student: a folder that this project and transformers load, with the tokenizer of
     source."""
     student.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                 "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
-        if (source / name).exists():
-            shutil.copy(source / name, folder / name)
+    checkpoint.copy_tokenizer(source, folder)
 
 
 def main(argv=None):

@@ -20,6 +20,8 @@ SIZES = dict(vocab_size=64, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_d
              context_length=64)
 GPT2 = dict(model_type="gpt2", n_kv_head=4, qkv_bias=True, out_bias=True, mlp_bias=True)
 QWEN2 = dict(model_type="qwen2", qkv_bias=True, tie_embeddings=False)
+QWEN3 = dict(model_type="qwen3", head_dim=12)
+SMOLLM3 = dict(model_type="smollm3", no_rope=(1,))
 
 
 def tiny(seed=0, spread=0.2, **changes):

@@ -7,7 +7,17 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPT2, QWEN2, peak_blocks, ragged, slopes, squared_distance, tiny
+from conftest import (
+    GPT2,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    peak_blocks,
+    ragged,
+    slopes,
+    squared_distance,
+    tiny,
+)
 
 import fast
 import model as plain
@@ -16,7 +26,8 @@ from model import GPT
 from quant import bake_, compute_in_, quantize_
 from sdft import Prompt, forward_kl, jsd, reverse_kl
 
-SHAPES = {"llama": {}, "untied": dict(tie_embeddings=False), "gpt2": GPT2, "qwen2": QWEN2}
+SHAPES = {"llama": {}, "untied": dict(tie_embeddings=False), "gpt2": GPT2, "qwen2": QWEN2,
+          "qwen3": QWEN3, "smollm3": SMOLLM3}
 every_shape = pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 every_loss = pytest.mark.parametrize("loss", fast.GRADIENTS)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, QWEN2, make_folder, tiny
+from conftest import GPT2, QWEN2, QWEN3, SMOLLM3, make_folder, tiny
 from torch.nn.utils import parametrize
 
 import data
@@ -21,7 +21,7 @@ from model import GPT, own_copy
 
 QUICK = ("--steps 6 --batch-size 4 --micro-batch 2 --rollout-tokens 6 --eval-tokens 4 --group-size "
          "16 --eval-limit 6 --cka-samples 5 --teacher-check 4").split()
-KINDS = {"llama": {}, "gpt2": GPT2, "qwen2": QWEN2}
+KINDS = {"llama": {}, "gpt2": GPT2, "qwen2": QWEN2, "qwen3": QWEN3, "smollm3": SMOLLM3}
 
 
 def job(folder, out, *more):

@@ -8,9 +8,17 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
-from model import GPT, GPTConfig, KVCache, attend, generate, sample
+from model import GPT, GPTConfig, KVCache, attend, generate, rope_frequencies, sample
 from quant import compute_in_, fake_quantize, quantize_
 
 VOCAB, CONTEXT, LAYERS = 97, 64, 3
@@ -18,6 +26,8 @@ GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=C
             layer_norm_epsilon=1e-3, bos_token_id=0, eos_token_id=0)
 LLAMA = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=56, num_hidden_layers=LAYERS,
              num_attention_heads=4, max_position_embeddings=CONTEXT, rms_norm_eps=1e-3)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=40)
 CONFIGS = {
     "gpt2": GPT2Config(**GPT2),
     "gpt2-untied-narrow": GPT2Config(**GPT2, n_inner=40, tie_word_embeddings=False),
@@ -27,6 +37,13 @@ CONFIGS = {
                                 tie_word_embeddings=False, rope_theta=5e5),
     "llama-biases": LlamaConfig(**LLAMA, num_key_value_heads=4, attention_bias=True, mlp_bias=True),
     "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6),
+    "llama3": LlamaConfig(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True,
+                          rope_parameters={**LLAMA3, "rope_theta": 300.0}),
+    "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=2, head_dim=12, rope_theta=1e6),
+    "smollm3": SmolLM3Config(**LLAMA, num_key_value_heads=2, no_rope_layers=[1, 0, 1],
+                             rope_theta=300.0, pad_token_id=0),
+    "mistral": MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=None,
+                             hidden_act="gelu"),
 }
 OURS = GPTConfig("llama", VOCAB, LAYERS, 32, 4, 2, 12, 56, CONTEXT, 1e-3, 700.0, True, True, True,
                  False)
@@ -36,6 +53,11 @@ FRESH = {  # configurations that came from no config.json
     "llama": OURS,
     "qwen2": replace(OURS, model_type="qwen2", head_dim=8, out_bias=False, mlp_bias=False,
                      tie_embeddings=True),
+    "llama3": replace(OURS, rope_scaling=LLAMA3, rope_theta=300.0),
+    "linear": replace(OURS, rope_scaling={"rope_type": "linear", "factor": 3.0}, activation="relu"),
+    "qwen3": replace(OURS, model_type="qwen3", mlp_bias=False),
+    "smollm3": replace(OURS, model_type="smollm3", head_dim=8, no_rope=(0, 2)),
+    "mistral": replace(OURS, model_type="mistral", qkv_bias=False, out_bias=False, mlp_bias=False),
 }
 
 
@@ -170,6 +192,29 @@ def test_a_cache_begins_with_what_another_one_holds(pair):
     logits = ours(torch.tensor(rows), cache=cache)
     for given, row in zip(logits, rows):
         assert (given - oracle_logits(oracle, beginning + row)[8:]).abs().max() < 1e-4
+
+
+# ----------------------------------------------------------------------------- what RoPE turns by
+
+def test_llama3_rope_worked_by_hand():
+    """Wavelengths 2 pi theta^(2i/K) of 6.28, 19.9, 62.8 and 199 tokens: with low 1, high 4 and
+    original 80, one under 20 stays, one over 80 is 8 times as long, and the third lies at
+    (80 / 62.8 - 1) / 3 between 1/8 and 1."""
+    scaled = replace(OURS, head_dim=8, rope_theta=100.0,
+                     rope_scaling=LLAMA3 | {"original_max_position_embeddings": 80})
+    plain = rope_frequencies(replace(scaled, rope_scaling={}))
+    kept = (80 / (2 * torch.pi * 10) - 1) / 3
+    times = torch.tensor([1, 1, (1 - kept) / 8 + kept, 1 / 8])
+    torch.testing.assert_close(rope_frequencies(scaled), plain * times)
+
+
+def test_longrope_and_linear_divide_each_frequency():
+    plain = rope_frequencies(OURS)
+    each = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    scaled = replace(OURS, rope_scaling={"rope_type": "longrope", "short_factor": each})
+    assert torch.equal(rope_frequencies(scaled), plain / torch.tensor(each))
+    scaled = replace(OURS, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    assert torch.equal(rope_frequencies(scaled), plain / 4)
 
 
 # ------------------------------------------------------------------------ attend= and positions=

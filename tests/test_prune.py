@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import GPT2, tiny
+from conftest import GPT2, QWEN3, tiny
 from transformers import AutoModelForCausalLM
 
 import prune
@@ -86,7 +86,7 @@ def test_masks_that_make_no_sense_are_errors(arguments, says):
 
 # --------------------------------------------------------------------------- activations and models
 
-@pytest.mark.parametrize("changes", [{}, GPT2])
+@pytest.mark.parametrize("changes", [{}, GPT2, QWEN3])
 def test_input_norms_are_those_of_the_inputs(changes):
     model = tiny(**changes)
     sequences, seen = [[1, 2, 3], [4, 5, 6, 7, 8]], {}
@@ -210,7 +210,7 @@ def least_important(mlp, norms, n):
     return (score * mlp.up_proj.weight.norm(dim=1)).argsort()[:n]
 
 
-@pytest.mark.parametrize("changes", [{}, GPT2])
+@pytest.mark.parametrize("changes", [{}, GPT2, QWEN3])
 @pytest.mark.parametrize("importance", ["activation", "weight"])
 @torch.no_grad()
 def test_removing_neurons_equals_holding_them_at_zero(changes, importance, tmp_path):

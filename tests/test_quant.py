@@ -6,7 +6,7 @@ import json
 import bitsandbytes.functional as bitsandbytes
 import pytest
 import torch
-from conftest import GPT2, QWEN2, tiny
+from conftest import GPT2, QWEN2, QWEN3, tiny
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -202,7 +202,7 @@ def test_more_bits_and_smaller_groups_err_less(symmetric):
 
 # ------------------------------------------------------------------------ on the linears of a model
 
-@pytest.mark.parametrize("changes", [{}, QWEN2, GPT2], ids=["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("changes", [{}, QWEN2, GPT2, QWEN3])
 def test_quantize_touches_the_linears_of_the_blocks_and_nothing_else(changes):
     model = tiny(**changes)
     before = copy.deepcopy(model.state_dict())

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, QWEN2, peak_blocks, ragged, slopes, squared_distance, tiny
+from conftest import (
+    GPT2,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    peak_blocks,
+    ragged,
+    slopes,
+    squared_distance,
+    tiny,
+)
 from torch.distributions import Categorical, kl_divergence
 from torch.nn.utils import parametrize
 
@@ -207,7 +217,7 @@ def test_gradients_are_the_analytic_ones():
 
 # ----------------------------------------------------------------------------- score and backward
 
-@pytest.mark.parametrize("changes", [{}, GPT2, QWEN2], ids=["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("changes", [{}, GPT2, QWEN2, QWEN3, SMOLLM3])
 def test_score_equals_each_row_alone_without_padding(changes):
     model, prompts, completions = tiny(**changes), ragged(6, seed=1), ragged(6, seed=2)
     states, layers = score(model, prompts, completions), [[], []]

@@ -64,7 +64,8 @@ def test_what_is_imported_within_functions():
     found = {module: inner_imports(module) for module in OURS - {"bench"}}
     assert {module: names for module, names in found.items() if names} == {
         "model": [("from_pretrained", "checkpoint"), ("save_pretrained", "checkpoint")],
-        "prepare": [("implementation", "fast")]}
+        "prepare": [("implementation", "fast")],
+        "tokenizer": [("load_tokenizer", "checkpoint")]}
 
 
 def test_no_file_imports_itself_by_way_of_others():

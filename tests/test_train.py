@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import GPT2, QWEN2, make_folder
+from conftest import GPT2, QWEN2, QWEN3, make_folder
 from transformers import AutoModelForCausalLM
 
 import data
@@ -20,7 +20,7 @@ from quant import compute_in_
 QUICK = ["--steps", "3", "--batch-size", "4", "--micro-batch", "2", "--rollout-tokens", "6",
          "--eval-tokens", "4", "--eval-limit", "6", "--cka-samples", "5", "--group-size", "16",
          "--lr", "1e-3", "--teacher-check", "4", "--keep", "last"]  # the guard: test_guard.py
-KINDS = {"llama": {}, "gpt2": GPT2, "qwen2": QWEN2}  # of model folders
+KINDS = {"llama": {}, "gpt2": GPT2, "qwen2": QWEN2, "qwen3": QWEN3}  # of model folders
 
 
 def job(folder, out, *more):
@@ -134,7 +134,8 @@ def test_same_seed_same_numbers_other_seed_other_rollouts(folder, out, tmp_path)
 @pytest.mark.parametrize("kind, options", [
     ("llama", ""), ("llama", "--loss jsd --lora 4"), ("llama", "--cka-weight 1"),
     ("llama", "--recover sdft,kd,sft"), ("gpt2", "--train-embeddings"),
-    ("qwen2", "--train-embeddings --loss reverse_kl --micro-batch 4")])
+    ("qwen2", "--train-embeddings --loss reverse_kl --micro-batch 4"),
+    ("qwen3", "--degrade ffn25,magnitude30,nf4 --cka-weight 1 --lora 4")])
 def test_a_plain_run_gives_the_numbers_of_the_default_one(kind, options, tmp_path):
     """All that fast.py does differently is the order of sums."""
     folder, options = make_folder(tmp_path / "model", **KINDS[kind]), options.split()

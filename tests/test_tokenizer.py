@@ -352,15 +352,8 @@ def pre_tokenize(*steps):
 
 UNSUPPORTED = {
     "WordPiece": (set_model(type="WordPiece"), "byte-level BPE"),
-    "byte_fallback": (set_model(byte_fallback=True), "byte-level BPE"),
     "Whitespace": (pre_tokenize({"type": "Whitespace"}), "Whitespace"),
-    "Digits in groups": (pre_tokenize(GROUPS, BYTE_LEVEL), "Digits"),
-    "three steps": (pre_tokenize(PUNCTUATION, BYTE_LEVEL, BYTE_LEVEL), "Punctuation"),
     "no pre-tokenizer": (pre_tokenize(None), "pre-tokenizer"),
-    "a space put in front": (pre_tokenize({**BYTE_LEVEL, "add_prefix_space": True}), "ByteLevel"),
-    "no split at all": (pre_tokenize(NO_SPLIT), "ByteLevel"),
-    "a split at a string": (pre_tokenize(BY_STRING, NO_SPLIT), "Split"),
-    "lower case": (lambda spec: spec.update(normalizer={"type": "Lowercase"}), "Lowercase"),
 }
 
 

@@ -201,6 +201,12 @@ def normalizer(spec, where):
     raise ValueError(f"{where}: the normalizer {kind} is not supported")
 
 
+def normalized(text, steps):
+    for step in steps:
+        text = step(text)
+    return text
+
+
 def replace(pattern, content, text):
     parts, at = [], 0
     for start, end in matches(pattern, text):
@@ -268,9 +274,12 @@ class AddedTokens:
                 start -= 1
             while token["rstrip"] and SPACE.match(text[end:end + 1]):
                 end += 1
+            if token["lstrip"]:
+                start = max(start, at)
             if at < start:
                 yield text[at:start], None
-            yield text[start:end], i
+            if start < end:  # not if the token before, by its rstrip, has taken all of it
+                yield text[start:end], i
             at = end
         if at < len(text):
             yield text[at:], None

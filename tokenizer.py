@@ -34,7 +34,8 @@ class Tokenizer:
         self.at_once = pattern and bpe.encoding and not (bpe.whole_first and bpe.unmade - never)
         self.eos, self.eos_id = eos, self.added.get(eos, bpe.ids.get(eos))
         token_of = {i: token for token, i in bpe.ids.items()}
-        token_of |= {i: token["content"] for i, token in self.tokens.of.items()}
+        token_of |= {i: self._normalize(token["content"]) if token["normalized"] else
+                     token["content"] for i, token in self.tokens.of.items()}
         self.hidden = {i for i, token in token_of.items() if token in self.tokens.special}
         spell = str.encode if between else to_bytes
         self.bytes_of = {i: spell(token) for i, token in token_of.items()}
@@ -62,9 +63,7 @@ class Tokenizer:
         return ids
 
     def _normalize(self, text):
-        for step in self.normalizers:
-            text = step(text)
-        return text
+        return pieces.normalized(text, self.normalizers)
 
     def _encode_plain(self, text):
         """The ids of a normalized text without added tokens: by tiktoken alone if that can."""
@@ -139,30 +138,35 @@ def _parts(spec, where, folder, config, default=None):
                          f"pre-tokenizer {splitter.get('type')} nor the normalizer is ByteLevel")
     prefix, suffix = _around(spec.get("post_processor"), where)
     added = _added_tokens(folder, config, spec.get("added_tokens") or [], default or {})
-    return {"bpe": bpe, "added": added, "normalizers": pieces.normalizers(normalizer, where),
+    steps_before = pieces.normalizers(normalizer, where)
+    for token in added:
+        if token["normalized"] and token["content"] and not pieces.normalized(
+                token["content"], steps_before):
+            raise ValueError(f"{where}: the added token {token['content']!r} is normalized to nothing")
+    return {"bpe": bpe, "added": added, "normalizers": steps_before,
             "steps": steps, "pattern": pattern, "prefix": prefix, "suffix": suffix,
             "between": _between(spec.get("decoder"), where)}
 
 
 def _around(spec, where):
     """The ids that a post-processor puts before a single text, and after it."""
-    before, after = [], []
-    for part in pieces.flat(spec, "processors") if spec else []:
-        kind = part.get("type")
-        if kind in ("BertProcessing", "RobertaProcessing"):
-            before, after = [part["cls"][1], *before], [*after, part["sep"][1]]
-        elif kind == "TemplateProcessing":
-            ids = [part["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-                   if "SpecialToken" in piece else piece["Sequence"]["id"]
-                   for piece in part["single"]]
-            if [i for i in ids if isinstance(i, str)] != ["A"]:
-                raise ValueError(f"{where}: the post-processor's template for a single text must "
-                                 "have the text, A, once")
-            n = ids.index("A")
-            before, after = [*sum(ids[:n], []), *before], [*after, *sum(ids[n + 1:], [])]
-        elif kind != "ByteLevel":
-            raise ValueError(f"{where}: the post-processor {kind} is not supported")
-    return before, after
+    parts = pieces.flat(spec, "processors") if spec else []
+    parts = [part for part in parts if part.get("type") != "ByteLevel"]  # it moves offsets only
+    kinds = [part.get("type") for part in parts]
+    if kinds in (["BertProcessing"], ["RobertaProcessing"]):
+        return [parts[0]["cls"][1]], [parts[0]["sep"][1]]
+    if kinds not in ([], ["TemplateProcessing"]):
+        raise ValueError(f"{where}: the post-processor {' + '.join(map(str, kinds))} is not "
+                         "supported")
+    around = [[]]
+    for piece in parts[0]["single"] if parts else []:
+        if piece.get("Sequence", {}).get("id") == "A":
+            around.append([])
+        else:
+            around[-1] += parts[0]["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    if parts and len(around) != 2:
+        raise ValueError(f"{where}: the post-processor's template has the text not just once")
+    return around if parts else ([], [])
 
 
 def _between(spec, where):

@@ -299,8 +299,9 @@ IN_SET = regex.compile(rf"""  # a part of […]
     {CLASS} | (?P<range>{MEMBER}-{MEMBER}) | (?P<char>{MEMBER} | (?<=\[\^?)- | -(?=\]))
   | (?P<both>&&) | (?P<set>\[\^?+(?![]:])) | (?P<end>\])""", regex.VERBOSE | regex.V1)
 ANCHORS = {"^": r"(?:\A|(?<=\n)(?!\Z))", "$": "(?m:$)"}  # of lines, always
+WORD_IN_SET = r"[\w--[\u200c\u200d]]"  # without ² and five others that \w has elsewhere
 CLASSES = {  # what Oniguruma means by these, where `regex` means something else
-    "w": r"[\w\u00b2\u00b3\u00b9\u00bc-\u00be]", "h": "[0-9a-fA-F]",
+    "w": r"[[\w\u00b2\u00b3\u00b9\u00bc-\u00be]--[\u200c\u200d]]", "h": "[0-9a-fA-F]",
     "Ll": r"[\p{Ll}\u0295]", "Lo": r"[\p{Lo}--\u0295]"}
 UNLIKE = {"word", "xdigit", "lower", "lc", "extendedpictographic"}  # properties that differ
 CASED = {"lu", "ll", "lt", "upper", "uppercase", "lowercase"}
@@ -334,7 +335,7 @@ def translated(pattern):
         kind, text, at = match.lastgroup, match[0], match.end()
         literal = ""
         if kind == "name":
-            text = named(text, folds[-1])
+            text = named(text, folds[-1], sets)
         elif kind in ("char", "range"):
             literal = character(text) if kind == "char" else ""
             if folds[-1] and (before + literal).lower() in LIGATURES and not sets:
@@ -385,7 +386,7 @@ def span(text, fold):
     return f"{spelled(character(first))}-{spelled(character(last))}"
 
 
-def named(text, fold):
+def named(text, fold, in_set):
     """A class of characters, as \\s or \\p{L}."""
     name = text[1:] if len(text) == 2 else text[3:-1].lstrip("^")
     loose = name.lower().replace("_", "") if len(text) > 2 else ""
@@ -394,6 +395,8 @@ def named(text, fold):
     known = CLASSES.get(name.lower() if len(text) == 2 else name)
     if not known:
         return text
+    if in_set and name in "wW":
+        known = WORD_IN_SET
     negated = (text[1] == "P") != ("^" in text) if len(text) > 2 else name.isupper()
     return f"[^{known}]" if negated else known
 

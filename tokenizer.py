@@ -138,14 +138,22 @@ def _parts(spec, where, folder, config, default=None):
                          f"pre-tokenizer {splitter.get('type')} nor the normalizer is ByteLevel")
     prefix, suffix = _around(spec.get("post_processor"), where)
     added = _added_tokens(folder, config, spec.get("added_tokens") or [], default or {})
-    steps_before = pieces.normalizers(normalizer, where)
-    for token in added:
-        if token["normalized"] and token["content"] and not pieces.normalized(
-                token["content"], steps_before):
-            raise ValueError(f"{where}: the added token {token['content']!r} is normalized to nothing")
-    return {"bpe": bpe, "added": added, "normalizers": steps_before,
+    normalizers = pieces.normalizers(normalizer, where)
+    _check_normalized(added, normalizers, where)
+    return {"bpe": bpe, "added": added, "normalizers": normalizers,
             "steps": steps, "pattern": pattern, "prefix": prefix, "suffix": suffix,
             "between": _between(spec.get("decoder"), where)}
+
+
+def _check_normalized(added, normalizers, where):
+    """ValueError for added tokens that tokenizers cannot tell from each other, or from nothing."""
+    seen = {"": "nothing"}
+    for content in {t["content"]: 0 for t in added if t["normalized"] and t["content"]}:
+        text = pieces.normalized(content, normalizers)
+        if text in seen:
+            raise ValueError(f"{where}: the added token {content!r} is normalized to {text!r}, as "
+                             f"{seen[text]!r} is")
+        seen[text] = content
 
 
 def _around(spec, where):

@@ -226,37 +226,32 @@ class AddedTokens:
 
     Those with `normalized` are looked for, themselves normalized, in the normalized text, the
     others before that. Of several that begin at one place the longest is taken. `ids` is {content:
-    id}, `of` {id: token}, `special` the contents that decoding leaves out.
+    id}, `of` {id: token}, `text_of` {id: what it is decoded to}, `special` the texts that decoding
+    leaves out: a special token that is decoded to another text, normalized, is not left out.
     """
 
     def __init__(self, tokens, vocab, normalize):
-        """tokens: [{"content", and the FLAGS}, …]. As in tokenizers, the id is the vocabulary's
-        or, for what is not in there, the next one; an "id" of its own is not looked at."""
-        self.ids, self.of = {}, {}
-        special, others = {}, []
+        """tokens: [{"content", and the FLAGS}, …]; of one that comes again the later flags count.
+
+        As in tokenizers, the id is the vocabulary's or, for what is not in there, the next one; an
+        "id" of its own is not looked at.
+        """
+        self.ids, self.of, self.text_of = {}, {}, {}
         for token in tokens:
             content = token["content"]
-            known = self.ids.get(content, vocab.get(content))
-            if token["special"] and content:
-                special.setdefault(content, token)
-            if not content or self.of.get(known) == token:
-                continue
             following = max([len(vocab) - 1, *self.ids.values()]) + 1
-            i = self.ids[content] = following if known is None else known
-            self.of[i] = token
-            if content not in special:
-                others.append(token)
-        self.special = set(special)
-        self.finders = [
-            self._finder([t for t in [*special.values(), *others] if not t["normalized"]], str),
-            self._finder([t for t in [*special.values(), *others] if t["normalized"]], normalize)]
+            if content:
+                i = self.ids[content] = self.ids.get(content, vocab.get(content, following))
+                self.of[i] = token
+                text = normalize(content) if token["normalized"] else self.text_of.get(i, content)
+                self.text_of[i] = text
+        self.special = {token["content"] for token in tokens if token["special"]}
+        self.finders = [self._finder(False, str), self._finder(True, normalize)]
 
-    def _finder(self, tokens, normalize):
+    def _finder(self, normalized, normalize):
         """(pattern, {what it finds: id}), or None if there is nothing to find."""
-        found = {}
-        for token in tokens:
-            found.setdefault(normalize(token["content"]), self.ids[token["content"]])
-        found.pop("", None)
+        found = {normalize(token["content"]): i for i, token in self.of.items()
+                 if token["normalized"] == normalized}
         longest_first = map(re.escape, sorted(found, key=len, reverse=True))
         return (re.compile("|".join(longest_first)), found) if found else None
 

@@ -34,8 +34,7 @@ class Tokenizer:
         self.at_once = pattern and bpe.encoding and not (bpe.whole_first and bpe.unmade - never)
         self.eos, self.eos_id = eos, self.added.get(eos, bpe.ids.get(eos))
         token_of = {i: token for token, i in bpe.ids.items()}
-        token_of |= {i: self._normalize(token["content"]) if token["normalized"] else
-                     token["content"] for i, token in self.tokens.of.items()}
+        token_of |= self.tokens.text_of
         self.hidden = {i for i, token in token_of.items() if token in self.tokens.special}
         spell = str.encode if between else to_bytes
         self.bytes_of = {i: spell(token) for i, token in token_of.items()}
@@ -126,7 +125,7 @@ def load_tokenizer(folder):
     return tokenizer
 
 
-def _parts(spec, where, folder, config, default=None):
+def _parts(spec, where, folder, config, default=None, again=False):
     """The Tokenizer's arguments in what a tokenizer.json says."""
     model, normalizer = spec.get("model") or {}, spec.get("normalizer") or {}
     splitter = spec.get("pre_tokenizer") or {}
@@ -137,7 +136,7 @@ def _parts(spec, where, folder, config, default=None):
         raise ValueError(f"{where}: only byte-level BPE tokenizers are supported, and neither the "
                          f"pre-tokenizer {splitter.get('type')} nor the normalizer is ByteLevel")
     prefix, suffix = _around(spec.get("post_processor"), where)
-    added = _added_tokens(folder, config, spec.get("added_tokens") or [], default or {})
+    added = _added_tokens(folder, config, spec.get("added_tokens") or [], default or {}, again)
     normalizers = pieces.normalizers(normalizer, where)
     _check_normalized(added, normalizers, where)
     return {"bpe": bpe, "added": added, "normalizers": normalizers,
@@ -187,44 +186,61 @@ def _between(spec, where):
     return b""
 
 
-def _added_tokens(folder, config, tokens, default=None):
+def _said(folder, config, default):
+    """tokenizer_config.json, with an older folder's special_tokens_map.json."""
+    older = "added_tokens_decoder" not in config
+    return default | config | (_json(folder / "special_tokens_map.json", {}) if older else {})
+
+
+NAMES = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
+
+
+def _added_tokens(folder, config, tokens, default, again=False):
     """[{"content", and pieces.FLAGS}, …] in the order in which transformers adds them.
 
     tokens: tokenizer.json's. tokenizer_config.json says more, or in older folders added_tokens.json
     and special_tokens_map.json do: other tokens, and those with a name, as eos_token.
     default: {name: content} of the tokens that a tokenizer has unless the folder says otherwise.
+    again: the special ones are added once more, without flags, as transformers does for Qwen2.
     """
     if config.get("split_special_tokens"):
         raise ValueError(f"{folder}/tokenizer_config.json: split_special_tokens is not supported")
-    said, more = {**(default or {}), **config}, config.get("added_tokens_decoder")
-    if more is None:
-        said |= _json(folder / "special_tokens_map.json", {})
-        more = {i: content for content, i in _json(folder / "added_tokens.json", {}).items()}
-        more = {i: content for i, content in more.items()
-                if i not in {token.get("id") for token in tokens}}
-    extra = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
-    named = [value for key, value in said.items() if key.endswith("_token")]
-    named = [value for value in [*named, *(extra.values() if isinstance(extra, dict) else extra)]
-             if isinstance(value, str | dict)]
-    names = {value if isinstance(value, str) else value["content"] for value in named}
+    said, by_id = _said(folder, config, default), config.get("added_tokens_decoder")
+    if by_id is None:
+        have = {token.get("id") for token in tokens}
+        by_id = {i: content for content, i in _json(folder / "added_tokens.json", {}).items()
+                 if i not in have}
+    extra = said.get("extra_special_tokens") or []
+    further, extra = (extra, []) if isinstance(extra, dict) else ({}, extra)
+    said = said | further
+    keys = [*NAMES, *(key for key in said if key.endswith("_token") or key in further)]
+    named = [said[key] for key in dict.fromkeys(keys) if isinstance(said.get(key), str | dict)]
+    named = [_token(token, special=True) for token in named]
+    names = {token["content"] for token in named}
+    extra = extra or said.get("additional_special_tokens") or []
+    listed = [_token(t) | {"special": t["special"] or t["content"] in names}
+              for t in map(_token, extra)]
     added = [_token(token) for token in tokens]
-    for _, token in sorted(more.items(), key=lambda item: int(item[0])):
-        content = token if isinstance(token, str) else token["content"]
-        added.append(_token(token, special=content in names or token["special"]))
+    if "added_tokens_decoder" not in config:
+        added += [_token(token, special=True) for token in tokens if token["content"] in names]
+    for _, token in sorted(by_id.items(), key=lambda item: int(item[0])):
+        if isinstance(token, str):  # added_tokens.json says no more than its content
+            usual = [said.get(key) for key in NAMES]
+            usual = [t["content"] if isinstance(t, dict) else t for t in usual]
+            token = {"content": token, "special": token in [*usual, *extra]}
+            token = _token(token)
+        added.append(_token(token, special=token["content"] in names or token.get("special")))
     have = {token["content"] for token in added}
-    for token in map(_token, named):
-        if token["content"] not in have:
-            added.append(token | {"special": True})
-            have.add(token["content"])
-    return added
+    added += [token for token in [*named, *listed] if token["content"] not in have]
+    return added + [_token(t["content"]) for t in [*named, *listed] if again]
 
 
-def _token(said, special=True):
-    """One added token with all of pieces.FLAGS; special: whether one that is only a text is."""
-    token = {"special": special, "content": said} if isinstance(said, str) else said
-    other = {"normalized": not token.get("special", False)}
-    return {"content": token["content"],
-            **{flag: token.get(flag, other.get(flag, False)) for flag in pieces.FLAGS}}
+def _token(said, special=None):
+    """One added token with all of pieces.FLAGS. One that is only a text is special."""
+    token = {"content": said, "special": True} if isinstance(said, str) else dict(said)
+    token["special"] = bool(token.get("special") if special is None else special)
+    usual = dict.fromkeys(pieces.FLAGS, False) | {"normalized": not token["special"]}
+    return {"content": token["content"], **{f: token.get(f, usual[f]) for f in pieces.FLAGS}}
 
 
 def _vocab_and_merges(folder, config):
@@ -249,9 +265,9 @@ def _vocab_and_merges(folder, config):
     spec = {"model": {"vocab": vocab, "merges": merges}, "decoder": byte_level,
             "normalizer": {"type": "NFC"} if qwen else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split] * qwen + [byte_level]}}
-    parts = _parts(spec, f"{folder}/vocab.json with merges.txt", folder, config, default)
+    parts = _parts(spec, f"{folder}/vocab.json with merges.txt", folder, config, default, qwen)
     for where, key in (("prefix", "bos_token"), ("suffix", "eos_token")):
-        token = config.get(key, default.get(key))
+        token = _said(folder, config, default).get(key)
         parts[where] = [_token(token)["content"]] if token and config.get(f"add_{key}") else []
     return parts
 

@@ -205,34 +205,40 @@ def _added_tokens(folder, config, tokens, default, again=False):
     """
     if config.get("split_special_tokens"):
         raise ValueError(f"{folder}/tokenizer_config.json: split_special_tokens is not supported")
-    said, by_id = _said(folder, config, default), config.get("added_tokens_decoder")
-    if by_id is None:
-        have = {token.get("id") for token in tokens}
-        by_id = {i: content for content, i in _json(folder / "added_tokens.json", {}).items()
-                 if i not in have}
+    said = _said(folder, config, default)
     extra = said.get("extra_special_tokens") or []
     further, extra = (extra, []) if isinstance(extra, dict) else ({}, extra)
-    said = said | further
+    said, extra = said | further, extra or said.get("additional_special_tokens") or []
     keys = [*NAMES, *(key for key in said if key.endswith("_token") or key in further)]
     named = [said[key] for key in dict.fromkeys(keys) if isinstance(said.get(key), str | dict)]
     named = [_token(token, special=True) for token in named]
     names = {token["content"] for token in named}
-    extra = extra or said.get("additional_special_tokens") or []
-    listed = [_token(t) | {"special": t["special"] or t["content"] in names}
-              for t in map(_token, extra)]
-    added = [_token(token) for token in tokens]
-    if "added_tokens_decoder" not in config:
-        added += [_token(token, special=True) for token in tokens if token["content"] in names]
-    for _, token in sorted(by_id.items(), key=lambda item: int(item[0])):
-        if isinstance(token, str):  # added_tokens.json says no more than its content
-            usual = [said.get(key) for key in NAMES]
-            usual = [t["content"] if isinstance(t, dict) else t for t in usual]
-            token = {"content": token, "special": token in [*usual, *extra]}
-            token = _token(token)
-        added.append(_token(token, special=token["content"] in names or token.get("special")))
+    if "added_tokens_decoder" in config:
+        by_id = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
+        later = [_token(token) for _, token in by_id]
+    else:
+        later = [_token(token) for token in tokens if token["content"] in names]
+        usual = [*filter(None, map(said.get, NAMES)), *(t for t in extra if isinstance(t, str))]
+        later += _older_tokens(folder, tokens, usual)
+    added = [*map(_token, tokens), *(_special_if(token, names) for token in later)]
     have = {token["content"] for token in added}
-    added += [token for token in [*named, *listed] if token["content"] not in have]
-    return added + [_token(t["content"]) for t in [*named, *listed] if again]
+    further = [*named, *(_special_if(_token(token), names) for token in extra)]
+    added += [token for token in further if token["content"] not in have]
+    return added + [_token(token["content"]) for token in further if again]
+
+
+def _older_tokens(folder, tokens, special):
+    """added_tokens.json's, but those whose ids tokenizer.json has. It says no more than their
+    contents; those that are `special` elsewhere are special."""
+    have = {token.get("id") for token in tokens}
+    special = [token["content"] if isinstance(token, dict) else token for token in special]
+    by_id = {i: token for token, i in _json(folder / "added_tokens.json", {}).items()}
+    return [_token({"content": by_id[i], "special": by_id[i] in special})
+            for i in sorted(by_id) if i not in have]
+
+
+def _special_if(token, names):
+    return token | {"special": token["special"] or token["content"] in names}
 
 
 def _token(said, special=None):

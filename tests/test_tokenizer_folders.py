@@ -10,7 +10,9 @@ import re
 
 from tokenizers import Tokenizer
 
-from tokenizer import bytes_to_unicode, load_tokenizer
+from bpe import bytes_to_unicode
+from pieces import LLAMA3_PATTERN, QWEN2_PATTERN
+from tokenizer import load_tokenizer
 
 FOLDERS = int(os.environ.get("TOKENIZER_FOLDERS", "600"))
 TEXTS = 12  # of each folder
@@ -19,30 +21,30 @@ WORDS = [
     "the", "The", "low", "lower", "newest", "a", "b", "def f(x):", "x = 1.5", "return", "__init__",
     "3.14", "2024", "12345", "٣", "½", "²", "don't", "I'LL", "'s", "'ſ", "’", "...", "!?", "a-b",
     "$5", "C++", "&&", "[x]", "<|", "|>", "\\n", "naïve", "café", "cafe\u0301", "Ünï", "İ", "ß",
-    "Σας", "Å", "\u212b", "ﬁ", "㎏", "e\u0301\u0323", "\u0301", "Привет", "你好", "今日は", "한국어",
-    "\u1112\u1161\u11ab", "שלום", "नमस्ते", "👍🏽", "👩\u200d👩\u200d👧", "🏳️", "𝄞", "\x00", "\x1f", "\x7f", "\x85",
-    "\ufeff", "\u200b", "\ufffd", "_", "\u203f", "Ⅷ", "ʕ", "K"]
+    "Σας", "Å", "\u212b", "ﬁ", "㎏", "e\u0301\u0323", "\u0301", "Привет", "你好", "今日は",
+    "한국어", "\u1112\u1161\u11ab", "שלום", "नमस्ते", "👍🏽", "👩\u200d👩\u200d👧", "🏳️", "𝄞",
+    "\x00", "\x1f", "\x7f", "\x85", "\ufeff", "\u200b", "\ufffd", "_", "\u203f", "Ⅷ", "ʕ", "K"]
 SPACES = [" ", " ", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " \n", "\xa0", "\u3000", "\u2028"]
-CONTENTS = ["<s>", "</s>", "<|end|>", "[X]", "<mask>", "low", "lo", "<S>", "é", "e\u0301", "ﬁ x", " a",
-            "a ", "  ", "\n", "你好", "<|", "X", "the lower", "👍", "1", "$", ".", "Ġ", "</s", "ss"]
+CONTENTS = [
+    "<s>", "</s>", "<|end|>", "[X]", "<mask>", "low", "lo", "<S>", "é", "e\u0301", "ﬁ x", " a",
+    "a ", "  ", "\n", "你好", "<|", "X", "the lower", "👍", "1", "$", ".", "Ġ", "</s", "ss"]
 PATTERNS = [
+    QWEN2_PATTERN, LLAMA3_PATTERN,
     r" ?[^(\s|[.,!?…。，、।۔،])]+",  # BLOOM's: it leaves white space and commas out
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",  # Qwen2's
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",  # Llama 3's
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",  # GPT-4o's
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
     r"|\s*[\r\n]|\s+(?!\S)|\s+",  # GPT-4's
     r"[\p{Han}]+|[\p{L}\p{M}&&[^\p{Han}]]+|\p{N}{1,3}|[^\s\p{L}\p{N}]+|\s+",  # as Kimi's
-    r"\p{N}{1,3}", r"\p{N}{1,3}+", r"[一-龥぀-ゟ゠-ヿ]+", r"\s?\p{L}+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-    r"\s+$", r"^\s*\w+", r"[\r\n]", r"[0-9][0-9][0-9]", r"\d+", r"\w+|[^\w\s]+", r"\W", r"\S+", r"\h+",
-    r"(?<=\d)\.(?=\d)", r"(?<!\w)x", r"(?>lo|low)e?", r"\p{P}", r"\p{S}|\p{^L}", r"\P{Ll}+", r"x*", r"",
-    r"(?=[A-Z])", r"[^\S\n]+", r"[-.]", r"[\w-]+", r"[]a]", r"[[:alpha:]]+", r"(a)\1", r"\bl", r"\Rx?",
-    r"(?i)low|s", r"(?i:ss)", r"(?<n>l)o", r"\p{Alnum}+", r"(?m:l.)", r"{", r"\x{41}", r"\x41\u4f60?",
-    r".{2}", r".{2,3}?", r"l{,2}o", r"(?i:[a-c])", r"\G\s", r"~~|--|[~~x]", r"[a||b]", r" |e\\?"]
+    r"\p{N}{1,3}", r"\p{N}{1,3}+", r"[一-龥぀-ゟ゠-ヿ]+", r"\s?\p{L}+", r"\s+$",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",  # from here on: one construct each
+    r"^\s*\w+", r"[\r\n]", r"[0-9][0-9][0-9]", r"\d+", r"\w+|[^\w\s]+", r"\W", r"\S+", r"\h+",
+    r"(?<=\d)\.(?=\d)", r"(?<!\w)x", r"(?>lo|low)e?", r"\p{P}", r"\p{S}|\p{^L}", r"\P{Ll}+",
+    r"x*", r"", r"(?=[A-Z])", r"[^\S\n]+", r"[-.]", r"[\w-]+", r"[]a]", r"[[:alpha:]]+", r"(a)\1",
+    r"\bl", r"\Rx?", r"(?i)low|s", r"(?i:ss)", r"(?<n>l)o", r"\p{Alnum}+", r"(?m:l.)", r"{",
+    r"\x{41}", r"\x41\u4f60?", r".{2}", r".{2,3}?", r"l{,2}o", r"(?i:[a-c])", r"\G\s",
+    r"~~|--|[~~x]", r"[a||b]", r" |e\\?"]
 BEHAVIORS = ["Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous"]
 
 
@@ -109,7 +111,8 @@ def byte_level(draw, use_regex):
 
 def sequence(draw, parts, name):
     """The parts as a Sequence, or the one part as itself."""
-    return parts[0] if len(parts) == 1 and draw.random() < 0.7 else {"type": "Sequence", name: parts}
+    alone = len(parts) == 1 and draw.random() < 0.7
+    return parts[0] if alone else {"type": "Sequence", name: parts}
 
 
 def a_pre_tokenizer(draw):
@@ -132,9 +135,10 @@ def a_pre_tokenizer(draw):
 
 def a_normalizer(draw):
     kinds = [{"type": form} for form in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents")]
+    content = draw.choice(["", "_", "lo"])
     kinds += [{"type": "Strip", "strip_left": draw.random() < 0.5, "strip_right": True},
               {"type": "Prepend", "prepend": draw.choice(["▁", " ", "x"])},
-              {"type": "Replace", "pattern": a_filled_pattern(draw), "content": draw.choice(["", "_", "lo"])},
+              {"type": "Replace", "pattern": a_filled_pattern(draw), "content": content},
               draw.choice([{"type": "Nmt"}, {"type": "ByteLevel"}, *[{"type": "NFC"}] * 8])]
     parts = [draw.choice(kinds) for _ in range(draw.choice([0, 0, 0, 1, 1, 2, 3]))]
     return sequence(draw, parts, "normalizers") if parts else None

@@ -25,13 +25,15 @@ def bytes_to_unicode():
 
 
 BYTE_OF = {character: byte for byte, character in enumerate(bytes_to_unicode())}
+LATIN = dict.fromkeys(range(256), 0xFFFF) | {ord(c): byte for c, byte in BYTE_OF.items()}
 
 
 def to_bytes(token):
     """A token's bytes; those of its UTF-8 if it is not written in bytes_to_unicode's characters."""
-    if all(c in BYTE_OF for c in token):
-        return bytes(BYTE_OF[c] for c in token)
-    return token.encode()
+    try:
+        return token.translate(LATIN).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
 
 
 class BPE:
@@ -71,7 +73,7 @@ class BPE:
         """{(left id, right id): (rank, id of the two joined)}."""
         joined = {}
         for (left, right), rank in merges.items():
-            both = left + right.encode()[len(self.first.encode()):].decode(errors="replace")
+            both = left + right[len(self.first):]
             for token in (left, right, both):
                 if token not in self.ids:
                     raise ValueError(f"{where}: merge {rank} makes {both!r} of {left!r} and "
@@ -95,11 +97,12 @@ class BPE:
         ids, unknown = [], []  # an unknown one waits: with fuse_unk, many in a row are one
         for n, c in enumerate(piece):
             token = self.first * (n > 0) + c + self.last * (n == len(piece) - 1)
-            spelled = [self.ids.get(f"<0x{byte:02X}>") for byte in token.encode()]
+            spelled = [f"<0x{byte:02X}>" for byte in token.encode()] if self.fallback else []
             if token in self.ids:
-                ids, unknown = [*ids, *unknown, self.ids[token]], []
-            elif self.fallback and None not in spelled:
-                ids += spelled
+                ids += [*unknown, self.ids[token]]
+                unknown = []
+            elif spelled and all(byte in self.ids for byte in spelled):
+                ids += [self.ids[byte] for byte in spelled]
             elif self.unknown is not None:
                 ids += [] if self.fuse else unknown
                 unknown = [self.unknown]
@@ -182,6 +185,8 @@ def _check(model, where):
     if model.get("dropout"):
         raise ValueError(f"{where}: a BPE with dropout {model['dropout']} gives other ids each "
                          "time; set it to null")
+    if not all(isinstance(i, int) for i in model["vocab"].values()):
+        raise ValueError(f"{where}: the vocab's ids are not numbers")
     if len(set(model["vocab"].values())) < len(model["vocab"]):
         raise ValueError(f"{where}: the vocab gives two tokens the same id")
 

@@ -126,7 +126,16 @@ def load_tokenizer(folder):
 
 
 def _parts(spec, where, folder, config, default=None, again=False):
-    """The Tokenizer's arguments in what a tokenizer.json says."""
+    """The Tokenizer's arguments in what a tokenizer.json says; ValueError for another form."""
+    try:
+        return _read_parts(spec, where, folder, config, default or {}, again)
+    except (AttributeError, KeyError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{where}: a part is missing or of another form ({said})")
+
+
+def _read_parts(spec, where, folder, config, default, again):
+    """default, again: as for _added_tokens."""
     model, normalizer = spec.get("model") or {}, spec.get("normalizer") or {}
     splitter = spec.get("pre_tokenizer") or {}
     steps, pattern = pieces.pre_tokenizer(splitter, where)
@@ -136,7 +145,7 @@ def _parts(spec, where, folder, config, default=None, again=False):
         raise ValueError(f"{where}: only byte-level BPE tokenizers are supported, and neither the "
                          f"pre-tokenizer {splitter.get('type')} nor the normalizer is ByteLevel")
     prefix, suffix = _around(spec.get("post_processor"), where)
-    added = _added_tokens(folder, config, spec.get("added_tokens") or [], default or {}, again)
+    added = _added_tokens(folder, config, spec.get("added_tokens") or [], default, again)
     normalizers = pieces.normalizers(normalizer, where)
     _check_normalized(added, normalizers, where)
     return {"bpe": bpe, "added": added, "normalizers": normalizers,

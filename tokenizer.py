@@ -1,79 +1,88 @@
-"""A Hugging Face folder's byte-level BPE tokenizer (GPT-2's, SmolLM2's, Qwen2's), on tiktoken.
+"""A Hugging Face folder's byte-level BPE tokenizer (GPT-2's, Llama 3's, Qwen's).
 
-It turns text into ids and back, and a chat into the ids of a prompt.
+It turns text into ids and back, and a chat into the ids of a prompt. What the folder says is done
+as Hugging Face's tokenizers does it, or refused by name: pieces.py splits a text, bpe.py merges.
 """
 import functools
 import json
-import re
-import unicodedata
 from pathlib import Path
 
-import regex  # comes with tiktoken
-import tiktoken
-
+import pieces
 import template
+from bpe import BPE, bytes_to_unicode, to_bytes
+from pieces import GPT2_PATTERN, QWEN2_PATTERN
 
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# As GPT-2's, but a digit stands alone, and white space before a digit counts as at the end.
-DIGITS_PATTERN = (r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
-                  r"|\s+(?![^\s\p{N}])|\s+")
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+__all__ = ["GPT2_PATTERN", "QWEN2_PATTERN", "bytes_to_unicode"]  # callers find them here too
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary as a tiktoken Encoding.
+    """What a folder says, in the order in which a text goes through it.
 
-    tiktoken merges the pair whose union has the lowest rank. Ranks here are the order of the
-    merges, not the ids, so that any byte-level BPE fits: `id_of[rank]` translates. A byte that the
-    vocabulary lacks gets a rank of its own and no id. It is dropped after a text was split and
-    before the pieces are merged, as Hugging Face's tokenizers drops it.
+    prefix, suffix: the ids that a post-processor puts before and after a text; `encode_text` has
+    them, `encode` does not. added: {content: id} of the tokens that a text is searched for.
     """
 
-    def __init__(self, vocab, merges, pattern, added=(), normal_form=None, eos=None,
-                 chat_template=""):
-        """added: tokenizer.json's added_tokens; a text is searched for them before all else."""
-        self.added = {t["content"]: t["id"] for t in added}
-        self.hidden = {t["id"] for t in added if t.get("special", True)}
-        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
-        self.any_added = re.compile(f"({'|'.join(longest_first)})") if added else None
-        self.pattern, self.normal_form, self.chat_template = pattern, normal_form, chat_template
-        self.eos, self.eos_id = eos, self.added.get(eos, vocab.get(eos))
+    def __init__(self, bpe, added=(), normalizers=(), steps=(), pattern=None, prefix=(), suffix=(),
+                 between=b"", eos=None, chat_template=""):
+        """added: as in tokenizer.json; normalizers, steps, pattern: as pieces.py makes them;
+        prefix, suffix: ids or tokens; between: the bytes that decoding puts between two tokens."""
+        self.bpe, self.normalizers, self.steps, self.between = bpe, normalizers, steps, between
+        self.tokens = pieces.AddedTokens(added, bpe.ids, self._normalize)
+        self.added, self.chat_template = self.tokens.ids, chat_template
+        self.prefix, self.suffix = ([self.added.get(t, bpe.ids.get(t, t)) for t in tokens]
+                                    for tokens in (prefix, suffix))
+        never = {t for t, i in self.added.items() if not self.tokens.of[i]["single_word"]}
+        self.at_once = pattern and bpe.encoding and not (bpe.whole_first and bpe.unmade - never)
+        self.eos, self.eos_id = eos, self.added.get(eos, bpe.ids.get(eos))
         self.eos_ids = (self.eos_id,)  # of any of which a text ends; an answer ends with eos_id
-        self.prefix = ()
         self.special_tokens, self.folder = {}, ""  # for the chat template
-        ids = _ids_in_rank_order(vocab, merges, self.added)
-        self.id_of = list(ids.values())
-        self.lacks = bytes(token[0] for token, i in ids.items() if i is None)
-        self.bytes_of = {i: token for token, i in ids.items() if i is not None}
-        self.bytes_of |= {i: token.encode() for token, i in self.added.items()}
-        ranks = {token: rank for rank, token in enumerate(ids)}
-        self.encoding = tiktoken.Encoding("folder", pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens={})
+        token_of = {i: token for token, i in bpe.ids.items()}
+        token_of |= self.tokens.text_of
+        self.hidden = {i for i, token in token_of.items() if token in self.tokens.special}
+        spell = str.encode if between else to_bytes
+        self.bytes_of = {i: spell(token) for i, token in token_of.items()}
+
+    def encode_text(self, text):
+        """str -> list of ids, with what the tokenizer puts before and after a text (Llama 3's
+        begin-of-text)."""
+        return [*self.prefix, *self.encode(text), *self.suffix]
 
     def encode(self, text):
-        """str -> list of ids; special tokens in the text become their ids, as in tokenizers."""
+        """str -> list of ids; added tokens in the text become their ids, as in tokenizers."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20):error.start + 20]
+            raise ValueError(f"a text holds half a surrogate pair, {text[error.start]!r}, which is "
+                             f"no character: {around!r}") from None
         ids = []
-        for part in self.any_added.split(text) if self.any_added else [text]:
-            ids += [self.added[part]] if part in self.added else self._encode_plain(part)
+        for part, found in self.tokens.split(text, normalized=False):
+            if found is not None:
+                ids.append(found)
+                continue
+            for piece, found in self.tokens.split(self._normalize(part), normalized=True):
+                ids += self._encode_plain(piece) if found is None else [found]
         return ids
 
+    def _normalize(self, text):
+        return pieces.normalized(text, self.normalizers)
+
     def _encode_plain(self, text):
-        if self.normal_form:
-            text = unicodedata.normalize(self.normal_form, text)
-        if not set(text.encode("utf-8", errors="replace")).intersection(self.lacks):
-            return [self.id_of[rank] for rank in self.encoding.encode_ordinary(text)]
-        ids = []
-        for piece in regex.findall(self.pattern, text):
-            kept = piece.encode().translate(None, self.lacks)
-            if kept:
-                ids += [self.id_of[rank] for rank in self.encoding._encode_single_piece(kept)]
-        return ids
+        """The ids of a normalized text without added tokens: by tiktoken alone if that can."""
+        bpe = self.bpe
+        if self.at_once and not set(text.encode()).intersection(bpe.lacks):
+            return [bpe.id_of[rank] for rank in bpe.encoding.encode_ordinary(text)]
+        parts = [text]
+        for step in self.steps:
+            parts = [piece for part in parts for piece in step(part)]
+        ids_of = {piece: bpe.encode(piece) for piece in set(parts)}
+        return [i for piece in parts for i in ids_of[piece]]
 
     def decode(self, ids, keep_special=False):
         """ids -> str; special tokens are left out unless asked for, broken UTF-8 becomes U+FFFD."""
         kept = ids if keep_special else [i for i in ids if i not in self.hidden]
-        return b"".join(self.bytes_of.get(i, b"") for i in kept).decode("utf-8", errors="replace")
+        spelled = [self.bytes_of[i] for i in kept if i in self.bytes_of]
+        return self.between.join(spelled).decode("utf-8", errors="replace")
 
     def chat(self, messages):
         """[{"role", "content"}, …] -> ids of the prompt for the assistant's next turn.
@@ -137,32 +146,6 @@ class Tokenizer:
         return self.decode(self.encode(before)).strip() if word else ""
 
 
-def bytes_to_unicode():
-    """The printable characters for the 256 bytes in a byte-level BPE vocabulary, in byte order.
-
-    As in GPT-2: a printable byte stands for itself, the others for U+0100, U+0101, …
-
-    >>> table = bytes_to_unicode()
-    >>> table[ord("A")], table[0], table[1], table[ord(" ")] == chr(0x100 + 32)
-    ('A', 'Ā', 'ā', True)
-    """
-    keep = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    shifted = iter(range(256, 512))
-    return [chr(b if b in keep else next(shifted)) for b in range(256)]
-
-
-def _ids_in_rank_order(vocab, merges, added):
-    """{token's bytes: id or None}: the 256 bytes, the merges in order, then the other tokens."""
-    byte_of = {c: b for b, c in enumerate(bytes_to_unicode())}
-    ids = {bytes([b]): vocab.get(c) for c, b in byte_of.items()}
-    for left, right in merges:
-        ids.setdefault(bytes(byte_of[c] for c in left + right), vocab[left + right])
-    for token, i in sorted(vocab.items(), key=lambda item: item[1]):
-        if token not in added and all(c in byte_of for c in token):
-            ids.setdefault(bytes(byte_of[c] for c in token), i)
-    return ids
-
-
 def load_tokenizer(folder):
     """The Tokenizer of a Hugging Face folder (tokenizer.json, or vocab.json with merges.txt), or of
     a GGUF file.
@@ -178,7 +161,7 @@ def load_tokenizer(folder):
         check_folder(folder)
     config = _json(folder / "tokenizer_config.json", {})
     if (folder / "tokenizer.json").exists():
-        parts = _tokenizer_json(folder)
+        parts = _parts(_json(folder / "tokenizer.json"), f"{folder}/tokenizer.json", folder, config)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         parts = _vocab_and_merges(folder, config)
     else:
@@ -199,51 +182,166 @@ def load_tokenizer(folder):
     return tokenizer
 
 
-def _tokenizer_json(folder):
-    """The Tokenizer's arguments in a tokenizer.json."""
-    spec = _json(folder / "tokenizer.json")
-    bpe = spec.get("model") or {}
-    other_type = bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback")
-    if other_type or not {"vocab", "merges"} <= set(bpe):
-        raise ValueError(f"{folder}/tokenizer.json: only byte-level BPE tokenizers are supported")
-    pattern = _pattern(spec.get("pre_tokenizer"), folder)
-    form = (spec.get("normalizer") or {}).get("type")
-    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-        raise ValueError(f"{folder}/tokenizer.json: the normalizer {form} is not supported")
-    merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
-    return {"vocab": bpe["vocab"], "merges": merges, "pattern": pattern,
-            "added": spec.get("added_tokens", []), "normal_form": form}
+def _parts(spec, where, folder, config, default=None, again=False):
+    """The Tokenizer's arguments in what a tokenizer.json says; ValueError for another form."""
+    try:
+        return _read_parts(spec, where, folder, config, default or {}, again)
+    except (AttributeError, KeyError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{where}: a part is missing or of another form ({said})")
 
 
-def _pattern(spec, folder):
-    """The one regular expression that splits as a tokenizer.json's pre_tokenizer does."""
-    spec = spec or {"type": "null"}
-    steps = spec["pretokenizers"] if spec["type"] == "Sequence" else [spec]
-    kinds, by_regex = [step["type"] for step in steps], steps[-1].get("use_regex", True)
-    if steps[-1].get("add_prefix_space"):
-        kinds.append("add_prefix_space")
-    if kinds == ["ByteLevel"] and by_regex:
-        return GPT2_PATTERN
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and by_regex:
-        return DIGITS_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not by_regex and "Regex" in steps[0]["pattern"]:
-        return steps[0]["pattern"]["Regex"]
-    culprit = " + ".join(kinds)
-    raise ValueError(f"{folder}/tokenizer.json: the pre-tokenizer {culprit} is not supported")
+def _read_parts(spec, where, folder, config, default, again):
+    """default, again: as for _added_tokens."""
+    model, normalizer = spec.get("model") or {}, spec.get("normalizer") or {}
+    splitter = spec.get("pre_tokenizer") or {}
+    steps, pattern = pieces.pre_tokenizer(splitter, where)
+    bpe = BPE(model, where, pattern)
+    both = [*pieces.flat(normalizer, "normalizers"), *pieces.flat(splitter, "pretokenizers")]
+    if not any(part.get("type") == "ByteLevel" for part in both):
+        raise ValueError(f"{where}: only byte-level BPE tokenizers are supported, and neither the "
+                         f"pre-tokenizer {splitter.get('type')} nor the normalizer is ByteLevel")
+    prefix, suffix = _around(spec.get("post_processor"), where)
+    added = _added_tokens(folder, config, spec.get("added_tokens") or [], default, again)
+    normalizers = pieces.normalizers(normalizer, where)
+    _check_normalized(added, normalizers, where)
+    return {"bpe": bpe, "added": added, "normalizers": normalizers,
+            "steps": steps, "pattern": pattern, "prefix": prefix, "suffix": suffix,
+            "between": _between(spec.get("decoder"), where)}
+
+
+def _check_normalized(added, normalizers, where):
+    """ValueError for added tokens that tokenizers cannot tell from each other, or from nothing."""
+    seen = {"": "nothing"}
+    for content in {t["content"]: 0 for t in added if t["normalized"] and t["content"]}:
+        text = pieces.normalized(content, normalizers)
+        if text in seen:
+            raise ValueError(f"{where}: the added token {content!r} is normalized to {text!r}, as "
+                             f"{seen[text]!r} is")
+        seen[text] = content
+
+
+def _around(spec, where):
+    """The ids that a post-processor puts before a single text, and after it."""
+    parts = pieces.flat(spec, "processors") if spec else []
+    parts = [part for part in parts if part.get("type") != "ByteLevel"]  # it moves offsets only
+    kinds = [part.get("type") for part in parts]
+    if kinds in (["BertProcessing"], ["RobertaProcessing"]):
+        return [parts[0]["cls"][1]], [parts[0]["sep"][1]]
+    if kinds not in ([], ["TemplateProcessing"]):
+        raise ValueError(f"{where}: the post-processor {' + '.join(map(str, kinds))} is not "
+                         "supported")
+    around = [[]]
+    for piece in parts[0]["single"] if parts else []:
+        if piece.get("Sequence", {}).get("id") == "A":
+            around.append([])
+        else:
+            around[-1] += parts[0]["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    if parts and len(around) != 2:
+        raise ValueError(f"{where}: the post-processor's template has the text not just once")
+    return around if parts else ([], [])
+
+
+def _between(spec, where):
+    """What decoding puts between two tokens: nothing, or without a decoder a blank."""
+    kinds = [part.get("type") for part in pieces.flat(spec, "decoders")] if spec else []
+    if not spec:
+        return b" "
+    if [kind for kind in kinds if kind != "Fuse"] != ["ByteLevel"]:
+        raise ValueError(f"{where}: the decoder {' + '.join(map(str, kinds))} is not supported")
+    return b""
+
+
+def _said(folder, config, default):
+    """tokenizer_config.json, with an older folder's special_tokens_map.json."""
+    older = "added_tokens_decoder" not in config
+    return default | config | (_json(folder / "special_tokens_map.json", {}) if older else {})
+
+
+NAMES = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
+
+
+def _added_tokens(folder, config, tokens, default, again=False):
+    """[{"content", and pieces.FLAGS}, …] in the order in which transformers adds them.
+
+    tokens: tokenizer.json's. tokenizer_config.json says more, or in older folders added_tokens.json
+    and special_tokens_map.json do: other tokens, and those with a name, as eos_token.
+    default: {name: content} of the tokens that a tokenizer has unless the folder says otherwise.
+    again: the special ones are added once more, without flags, as transformers does for Qwen2.
+    """
+    if config.get("split_special_tokens"):
+        raise ValueError(f"{folder}/tokenizer_config.json: split_special_tokens is not supported")
+    said = _said(folder, config, default)
+    extra = said.get("extra_special_tokens") or []
+    further, extra = (extra, []) if isinstance(extra, dict) else ({}, extra)
+    said, extra = said | further, extra or said.get("additional_special_tokens") or []
+    keys = [*NAMES, *(key for key in said if key.endswith("_token") or key in further)]
+    named = [said[key] for key in dict.fromkeys(keys) if isinstance(said.get(key), str | dict)]
+    named = [_token(token, special=True) for token in named]
+    names = {token["content"] for token in named}
+    if "added_tokens_decoder" in config:
+        by_id = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
+        later = [_token(token) for _, token in by_id]
+    else:
+        later = [_token(token) for token in tokens if token["content"] in names]
+        usual = [*filter(None, map(said.get, NAMES)), *(t for t in extra if isinstance(t, str))]
+        later += _older_tokens(folder, tokens, usual)
+    added = [*map(_token, tokens), *(_special_if(token, names) for token in later)]
+    have = {token["content"] for token in added}
+    further = [*named, *(_special_if(_token(token), names) for token in extra)]
+    added += [token for token in further if token["content"] not in have]
+    return added + [_token(token["content"]) for token in further if again]
+
+
+def _older_tokens(folder, tokens, special):
+    """added_tokens.json's, but those whose ids tokenizer.json has. It says no more than their
+    contents; those that are `special` elsewhere are special."""
+    have = {token.get("id") for token in tokens}
+    special = [token["content"] if isinstance(token, dict) else token for token in special]
+    by_id = {i: token for token, i in _json(folder / "added_tokens.json", {}).items()}
+    return [_token({"content": by_id[i], "special": by_id[i] in special})
+            for i in sorted(by_id) if i not in have]
+
+
+def _special_if(token, names):
+    return token | {"special": token["special"] or token["content"] in names}
+
+
+def _token(said, special=None):
+    """One added token with all of pieces.FLAGS. One that is only a text is special."""
+    token = {"content": said, "special": True} if isinstance(said, str) else dict(said)
+    token["special"] = bool(token.get("special") if special is None else special)
+    usual = dict.fromkeys(pieces.FLAGS, False) | {"normalized": not token["special"]}
+    return {"content": token["content"], **{f: token.get(f, usual[f]) for f in pieces.FLAGS}}
 
 
 def _vocab_and_merges(folder, config):
     """The Tokenizer's arguments in vocab.json and merges.txt, the older form (GPT-2, Qwen2)."""
     vocab = _json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    added = [{**t, "id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
-    if not added and "<|endoftext|>" in vocab:
-        added = [{"content": "<|endoftext|>", "id": vocab["<|endoftext|>"]}]
-    qwen = _json(folder / "config.json", {}).get("model_type") == "qwen2"
-    pattern, form = (QWEN2_PATTERN, "NFC") if qwen else (GPT2_PATTERN, None)
-    return {"vocab": vocab, "merges": merges, "pattern": pattern, "added": added,
-            "normal_form": form}
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    model_type = _json(folder / "config.json", {}).get("model_type", "gpt2")
+    kind = (config.get("tokenizer_class") or model_type).removesuffix("Fast")
+    qwen = kind in ("Qwen2Tokenizer", "qwen2", "qwen3")
+    if not qwen and kind not in ("GPT2Tokenizer", "gpt2"):
+        raise ValueError(f"{folder}: how {kind} splits a text stands in a tokenizer.json, which is "
+                         "missing; write one by AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+                         " of transformers")
+    end = "<|endoftext|>"
+    default = dict.fromkeys(("eos_token", "unk_token", "pad_token" if qwen else "bos_token"), end)
+    default = default if end in vocab else {}
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated",
+             "invert": False}
+    byte_level = {"type": "ByteLevel", "use_regex": not qwen,
+                  "add_prefix_space": bool(config.get("add_prefix_space"))}
+    spec = {"model": {"vocab": vocab, "merges": merges}, "decoder": byte_level,
+            "normalizer": {"type": "NFC"} if qwen else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split] * qwen + [byte_level]}}
+    parts = _parts(spec, f"{folder}/vocab.json with merges.txt", folder, config, default, qwen)
+    for where, key in (("prefix", "bos_token"), ("suffix", "eos_token")):
+        token = _said(folder, config, default).get(key)
+        parts[where] = [_token(token)["content"]] if token and config.get(f"add_{key}") else []
+    return parts
 
 
 def _usual_end(added):

@@ -19,7 +19,8 @@ SEVEN = "sdft", "model", "quant", "prune", "cka", "data", "train"
 
 IMPORTS = {  # of ours, at the top of each of the files that are the paper, and of some others
     "sdft": {"cka"}, "model": set(), "quant": set(), "prune": {"quant"}, "cka": set(),
-    "data": {"rows", "tokenizer"}, "rows": set(), "tokenizer": {"template"}, "template": set(),
+    "data": {"rows", "tokenizer"}, "rows": set(), "template": set(), "bpe": set(),
+    "tokenizer": {"bpe", "pieces", "template"}, "pieces": {"bpe"},
     "checkpoint": {"model"},
     "fast": {"model", "sdft"},
     "evaluate": {"cka", "data", "parallel"}, "damage": {"parallel", "prune", "quant"},

@@ -3,12 +3,13 @@ import json
 import os
 import random
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
 import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from tokenizer import QWEN2_PATTERN, bytes_to_unicode, load_tokenizer
 
@@ -336,38 +337,76 @@ def test_chat_without_chatml_is_a_plain_transcript(tmp_path):
 BYTE_LEVEL = {
     "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 NO_SPLIT = {**BYTE_LEVEL, "use_regex": False}
-BY_STRING = {"type": "Split", "pattern": {"String": " "}}
-GROUPS = {"type": "Digits", "individual_digits": False}
-PUNCTUATION = {"type": "Punctuation", "behavior": "Isolated"}
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 
 
 def set_model(**changes):
     return lambda spec: spec["model"].update(changes)
 
 
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def split(pattern, behavior="Isolated"):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+
+
+def put(**parts):
+    return lambda spec: spec.update(parts)
+
+
 def pre_tokenize(*steps):
-    value = {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]
-    return lambda spec: spec.update(pre_tokenizer=value)
+    return put(pre_tokenizer=sequence(*steps) if len(steps) > 1 else steps[0])
 
 
+def add(content):
+    token = {"id": 999, "content": content, **FLAGS, "normalized": True}
+    return lambda spec: spec.update(added_tokens=[*spec["added_tokens"], token],
+                                    normalizer={"type": "Lowercase"})
+
+
+def template(*letters):
+    pieces = [{"Sequence": {"id": letter, "type_id": 0}} for letter in letters]
+    return {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": {}}
+
+
+BERT = {"type": "BertProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}
 UNSUPPORTED = {
     "WordPiece": (set_model(type="WordPiece"), "byte-level BPE"),
-    "byte_fallback": (set_model(byte_fallback=True), "byte-level BPE"),
+    "dropout": (set_model(dropout=0.1), "dropout"),
+    "unk_token": (lambda spec: (spec["model"]["vocab"].pop("A"), set_model(unk_token="<?>")(spec)),
+                  "'A'|unk_token '<\\?>'"),
+    "a merge of unknown tokens": (set_model(merges=["a ☃"]), "'☃' is not in the vocab"),
+    "a merge of three": (set_model(merges=[["a", "b"], "a b c"]), "merge 1 .*'a b c'"),
+    "one id twice": (lambda spec: spec["model"]["vocab"].update(zebra=5), "same id"),
     "Whitespace": (pre_tokenize({"type": "Whitespace"}), "Whitespace"),
-    "Digits in groups": (pre_tokenize(GROUPS, BYTE_LEVEL), "Digits"),
-    "three steps": (pre_tokenize(PUNCTUATION, BYTE_LEVEL, BYTE_LEVEL), "Punctuation"),
+    "Metaspace": (pre_tokenize(METASPACE, BYTE_LEVEL), "Metaspace"),
     "no pre-tokenizer": (pre_tokenize(None), "pre-tokenizer"),
-    "a space put in front": (pre_tokenize({**BYTE_LEVEL, "add_prefix_space": True}), "ByteLevel"),
-    "no split at all": (pre_tokenize(NO_SPLIT), "ByteLevel"),
-    "a split at a string": (pre_tokenize(BY_STRING, NO_SPLIT), "Split"),
-    "lower case": (lambda spec: spec.update(normalizer={"type": "Lowercase"}), "Lowercase"),
-}
+    "a behavior": (pre_tokenize(split("a", "Doubled"), BYTE_LEVEL), "Doubled"),
+    "another normalizer": (put(normalizer={"type": "Nmt"}), "Nmt"),
+    "another decoder": (put(decoder={"type": "WordPiece", "prefix": "#", "cleanup": True}),
+                        "decoder WordPiece"),
+    "another post-processor": (put(post_processor={"type": "Odd"}), "post-processor Odd"),
+    "two post-processors": (put(post_processor={"type": "Sequence", "processors": [
+        template("A"), BERT]}), "TemplateProcessing \\+ BertProcessing"),
+    "a text twice": (put(post_processor=template("A", "A")), "not just once"),
+    "two added tokens that become one": (
+        lambda spec: (add("[X]")(spec), add("[x]")(spec)), re.escape("'[x]'")),
+} | {pattern: (pre_tokenize(split(pattern), NO_SPLIT), re.escape(repr(pattern))) for pattern in (
+    r"\bfoo", r"(a)\1", r"(?<n>a)", r"(?x: a)", r"[[:alpha:]]", r"[]a]", "a{2}+", "a{2}?", "(?i:ss)",
+    r"(?i:\p{Lu})", r"(?i:[a-c])", "(?i:é)", r"\p{Word}", r"\X", "(?m:.)", "[a--b]", r"\xE9",
+    "(?~a)", "(*FAIL)", "b(?i)a", "(?#c)", r"[\w-z]", "a+*", "(", r"\p{Nonsense}")}
+
+
+TRAINED = train("gpt2").to_str()
 
 
 @pytest.mark.parametrize("what", UNSUPPORTED)
 def test_a_tokenizer_that_would_differ_is_refused_by_name(what, tmp_path):
     change, culprit = UNSUPPORTED[what]
-    spec = json.loads(train("gpt2").to_str())
+    spec = json.loads(TRAINED)
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     named = f"^{re.escape(str(tmp_path))}/tokenizer.json: .*{culprit}"
@@ -382,3 +421,193 @@ def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_named(tmp_path):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/tokenizer.json: {says}"):
             load_tokenizer(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# What real files did: each kind with its smallest case
+
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+
+
+def byte_vocab(*more):
+    return {token: i for i, token in enumerate([*bytes_to_unicode(), *more])}
+
+
+def small(folder, model=None, config=None, files=None, added_tokens=(), **parts):
+    """(Hugging Face's tokenizer, ours) of a folder with single bytes and what the arguments say."""
+    end = {"id": 0, "content": "<|endoftext|>", **FLAGS, "special": True}
+    spec = {"version": "1.0", "added_tokens": [*added_tokens, end], "normalizer": None,
+            "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "post_processor": None, **parts,
+            "model": {"type": "BPE", "vocab": byte_vocab(), "merges": [], **(model or {})}}
+    files = {"tokenizer.json": spec, **({"tokenizer_config.json": config} if config else {}),
+             **(files or {})}
+    write_all(folder, files)
+    return Tokenizer.from_file(str(folder / "tokenizer.json")), load_tokenizer(folder)
+
+
+def write_all(folder, files):
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_what_a_splits_pattern_does_not_match_is_kept(tmp_path):
+    """BLOOM's leaves out points, commas and white space."""
+    theirs, ours = small(tmp_path, pre_tokenizer=sequence(split(BLOOM), NO_SPLIT))
+    assert ours.decode(ours.encode("x = 1.5")) == "x = 1.5"
+    for text in texts(seed=1):
+        assert ours.encode(text) == theirs.encode(text).ids, repr(text)
+
+
+@pytest.mark.parametrize("whole_first", [False, True])
+def test_a_token_that_no_merge_makes_is_taken_whole_or_never(whole_first, tmp_path):
+    vocab = byte_vocab("he", "hello", "ell")
+    model = {"vocab": vocab, "merges": ["h e"], "ignore_merges": whole_first}
+    theirs, ours = small(tmp_path, model)
+    whole = [vocab["hello"]] if whole_first else [vocab["he"], *map(vocab.get, "llo")]
+    assert ours.encode("hello") == theirs.encode("hello").ids == whole
+    assert ours.encode("hellos") == theirs.encode("hellos").ids == [
+        vocab["he"], *map(vocab.get, "llos")]
+
+
+def test_merges_in_an_order_of_their_own_are_done_in_that_order(tmp_path):
+    """tiktoken, which knows ranks of tokens only, would join l + ow; no merge does."""
+    vocab = byte_vocab("lo", "low", "ow")
+    theirs, ours = small(tmp_path, {"vocab": vocab, "merges": ["o w", "lo w", "l o"]})
+    for text in ("low", "lo", "slow low", "oow"):
+        assert ours.encode(text) == theirs.encode(text).ids, text
+    assert ours.encode("low") == [vocab["l"], vocab["ow"]]
+
+
+@pytest.mark.parametrize("flags", [
+    {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True},
+    {"lstrip": True, "rstrip": True, "normalized": True, "single_word": True, "special": True}],
+    ids=" ".join)
+def test_an_added_tokens_flags_are_obeyed(flags, tmp_path):
+    added = [{"id": 256, "content": "[X]", **FLAGS, **flags},
+             {"id": 257, "content": "[X]Y", **FLAGS, **flags}]
+    theirs, ours = small(tmp_path, added_tokens=added, normalizer={"type": "Lowercase"})
+    for text in ("a [X] b", "a[X]b", "[x]", "  [X]\n\n[X]", "[X]Yz", "a [x]y b", "\x1f [X] \x85c"):
+        assert ours.encode(text) == theirs.encode(text).ids, text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text).ids), text
+
+
+def test_an_added_tokens_id_is_the_vocabularys_or_the_next_one_as_in_tokenizers(tmp_path):
+    added = [{"id": i, "content": c, **FLAGS} for i, c in ((900, "[X]"), (901, "a"), (7, "[Y]"))]
+    theirs, ours = small(tmp_path, added_tokens=added)
+    assert ours.encode("[Y]a[X]b") == theirs.encode("[Y]a[X]b").ids == [
+        257, byte_vocab()["a"], 256, byte_vocab()["b"]]
+
+
+def test_what_a_post_processor_adds_is_prefix_and_suffix(tmp_path):
+    """As Llama 3's begin-of-text, which `encode` leaves to the caller."""
+    a, x = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "x", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [x, x, a, x], "pair": [a, a],
+                "special_tokens": {"x": {"id": "x", "ids": [5, 6], "tokens": ["x", "y"]}}}
+    around = {"type": "Sequence", "processors": [BYTE_LEVEL, template]}
+    theirs, ours = small(tmp_path, post_processor=around)
+    assert (ours.prefix, ours.suffix) == ([5, 6, 5, 6], [5, 6])
+    for text in ("", "a", "a <|endoftext|>"):
+        assert ours.encode_text(text) == theirs.encode(text).ids
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", ["RobertaProcessing", "BertProcessing"])
+def test_bert_and_roberta_put_one_token_before_and_one_after(kind, tmp_path):
+    around = {"type": kind, "sep": ["</s>", 3], "cls": ["<s>", 4]}
+    around |= {"trim_offsets": True, "add_prefix_space": False} if kind[0] == "R" else {}
+    theirs, ours = small(tmp_path, post_processor=around)
+    assert ours.encode_text("ab") == theirs.encode("ab").ids
+    assert (ours.prefix, ours.suffix) == ([4], [3])
+
+
+def test_truncation_and_padding_have_no_effect_as_in_transformers(tmp_path):
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+           "pad_type_id": 0, "pad_token": "!"}
+    _, ours = small(tmp_path, truncation=cut, padding=pad)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("a", "abcdefgh"):
+        assert ours.encode_text(text) == theirs(text)["input_ids"]
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    _, ours = small(tmp_path)
+    for text in ("\ud83d", "so good \ude00!", "a<|endoftext|>\ud83d"):
+        with pytest.raises(ValueError, match=r"half a surrogate pair, '\\ud.{3}'") as caught:
+            ours.encode(text)
+        assert type(caught.value) is ValueError and str(caught.value).isprintable()
+
+
+BROKEN = {
+    "no behavior": pre_tokenize({"type": "Split", "pattern": {"String": " "}}, BYTE_LEVEL),
+    "a list of tokens": set_model(vocab=["a", "b"]), "no list of merges": set_model(merges=7),
+    "an added token without content": put(added_tokens=[{"id": 3}]),
+    "a text for a step": put(normalizer="NFC"), "a list of steps": put(pre_tokenizer=[BYTE_LEVEL]),
+    "a text for a model": put(model="BPE"), "a text for an id": set_model(vocab={"a": "b"})}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_tokenizer_json_of_another_form_is_refused_in_one_line(what, tmp_path):
+    spec = json.loads(TRAINED)
+    BROKEN[what](spec)
+    write_all(tmp_path, {"tokenizer.json": spec})
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/tokenizer.json: .+") as e:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+# The special tokens of the other files, as transformers adds them
+
+ADDED = {"8": {"content": "a", **FLAGS}, "300": {"content": "[Y]", **FLAGS, "special": True}}
+CONFIGS = {
+    "named": {"bos_token": "<s>", "pad_token": {"__type": "AddedToken", "content": "b", **FLAGS}},
+    "listed": {"additional_special_tokens": ["<x>", "c"], "image_token": "<img>"},
+    "in a table": {"extra_special_tokens": {"audio": "<audio>"}},
+    "by id": {"added_tokens_decoder": ADDED, "bos_token": "[Y]"},
+    "told to add": {"bos_token": "<s>", "add_bos_token": True, "add_eos_token": True}}
+LISTED = {"added_tokens.json": {"[Y]": 257, "[Z]": 258}, "special_tokens_map.json": {
+    "bos_token": "[Z]", "pad_token": {"content": "<pad>", **FLAGS}}}
+MARKED = "<s>abc [Y]<pad><x> [Z]<img>d<audio> <|endoftext|>"
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+@pytest.mark.parametrize("files", [{}, LISTED], ids=["", "older files"])
+def test_special_tokens_of_the_config_are_added_as_transformers_adds_them(what, files, tmp_path):
+    config = {"eos_token": "<|endoftext|>", **CONFIGS[what]}
+    _, ours = small(tmp_path, config=config, files=files)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours.encode_text(MARKED) == theirs(MARKED)["input_ids"]
+    assert ours.decode(ours.encode(MARKED)) == theirs.decode(theirs.encode(MARKED),
+                                                             skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+@pytest.mark.parametrize("files", [{}, LISTED], ids=["", "older files"])
+@pytest.mark.parametrize("kind, theirs", [("gpt2", GPT2Tokenizer), ("qwen2", Qwen2Tokenizer)])
+def test_so_they_are_with_vocab_json_and_merges_txt(kind, theirs, what, files, tmp_path):
+    """Here, where there is no post-processor, add_bos_token and add_eos_token count."""
+    vocab = byte_vocab("<|endoftext|>", "ab")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    config = {"eos_token": "<|endoftext|>", **CONFIGS[what]}
+    write_all(tmp_path, {"vocab.json": vocab, "config.json": {"model_type": kind},
+                         "tokenizer_config.json": config, **files})
+    theirs, ours = theirs.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert ours.encode_text(MARKED) == theirs(MARKED)["input_ids"]
+    assert bool(ours.prefix) == bool(ours.suffix) == (what == "told to add")
+
+
+def test_vocab_json_of_a_tokenizer_that_is_not_known_is_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps(byte_vocab("<|endoftext|>")))
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizerFast"}')
+    with pytest.raises(ValueError, match="RobertaTokenizer .*tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_ordinary_folders_ask_tiktoken_once_for_a_long_text(pair, monkeypatch):
+    calls, whole = [], tiktoken.Encoding.encode_ordinary
+    monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary",
+                        lambda self, text: calls.append(text) or whole(self, text))
+    text = (ENGLISH + CODE + WORLD) * 200
+    assert pair[1].encode(text) == pair[0].encode(text).ids
+    assert calls == [unicodedata.normalize("NFC", text) if pair[0].normalizer else text]

@@ -99,10 +99,10 @@ def test_a_run_that_is_ended_early_says_so_in_one_line_and_leaves_no_results(
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "metrics.jsonl"]
 
 
-def wait_for_steps(started, log):
-    """Return as the run has logged three steps."""
+def wait_for_steps(started, log, steps=3):
+    """Return as the run has logged so many steps."""
     deadline = time.monotonic() + 120
-    while not log.exists() or log.read_text().count("\n") < 3:
+    while not log.exists() or log.read_text().count("\n") < steps:
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -138,3 +138,25 @@ def test_shares_are_everything_once_in_order(monkeypatch):
             shares.append(parallel.share(list(range(n))))
         assert sum(shares, []) == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("more", [[], ["--shard", "--ema", "0.05"]],
+                         ids=["data parallel", "sharded"])
+def test_a_run_whose_peer_was_killed_goes_on_to_the_same_end(more, folder, tmp_path):
+    """To the last bit: as many processes add in one order."""
+    options = ["--model", folder, "--steps", "40", "--save-every", "3", *more]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    command = [*TORCHRUN, *QUICK, *map(str, options), "--out", str(broken)]
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    wait_for_steps(started, broken / "metrics.jsonl", 8)
+    os.kill(children(started.pid)[1], signal.SIGKILL)
+    assert started.wait(timeout=60) != 0 and not (broken / "results.json").exists()
+    steps = (broken / "metrics.jsonl").read_text().count("\n")
+    for out in (broken, whole):
+        assert run(TORCHRUN, *options, "--out", out).returncode == 0
+    assert 8 <= steps < 40
+    found, right = ([json.loads(line) | {"seconds": 0} for line in
+                     (out / "metrics.jsonl").read_text().splitlines()] for out in (broken, whole))
+    assert found == right
+    weights = [(out / "student" / "model.safetensors").read_bytes() for out in (broken, whole)]
+    assert weights[0] == weights[1]

@@ -292,7 +292,7 @@ PART = regex.compile(rf"""  # of a pattern
   | (?P<end>\)) | (?P<char>{FREE})""", regex.VERBOSE | regex.V1)
 IN_SET = regex.compile(rf"""  # a part of […]
     {CLASS} | (?P<range>{MEMBER}-{MEMBER}) | (?P<char>{MEMBER} | (?<=\[\^?)- | -(?=\]))
-  | (?P<both>(?<!\[\^?)&&(?!\])) | (?P<set>\[\^?+(?![]:]))
+  | (?P<both>(?<!\[\^?)&&(?![]&])) | (?P<set>\[\^?+(?![]:]))
   | (?P<end>\])""", regex.VERBOSE | regex.V1)
 ANCHORS = {"^": r"(?:\A|(?<=\n)(?!\Z))", "$": "(?m:$)"}  # of lines, always
 SETS = regex.compile(r"\\.|(?P<set>\[(?:[^][\\]|\\.|(?&set))*\])", regex.DOTALL)
@@ -356,13 +356,14 @@ def translated(pattern):
 
 
 def check_sets(pattern):
-    """ValueError for a set such as [^\\s\\S], of nothing, which `regex` takes for any character."""
+    """ValueError for a set such as [^\\s\\S], of nothing: `regex` takes it for any character."""
     for match in SETS.finditer(pattern):
         names = regex.findall(r"\\[swdh]|\\p\{\^?\w+\}", match["set"] or "", regex.IGNORECASE)
-        negated = {(name.lower().replace("^", ""), name[1].isupper() != ("^" in name))
-                   for name in names}
-        if "[^" in match[0] and len({name for name, _ in negated}) < len(negated):
-            raise ValueError(f"{match[0]} holds a class and its opposite")
+        signs = {(name.lower().replace("^", ""), name[1].isupper() != ("^" in name))
+                 for name in names}
+        opposite = {name for name, negated in signs if negated}
+        if "[^" in match[0] and (len(opposite) > 1 or opposite & {n for n, no in signs if not no}):
+            raise ValueError(f"{match[0]} may be a set of nothing")
 
 
 def character(text):

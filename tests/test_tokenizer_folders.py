@@ -192,6 +192,15 @@ def a_text(draw, spec):
                    for _ in range(draw.choice([0, 1, 3, 10, 25])))
 
 
+def or_panic(function, text):
+    """What tokenizers' function gives, or None if it panics."""
+    try:
+        return function(text)
+    except BaseException as error:
+        assert type(error).__name__ == "PanicException", error
+        return None
+
+
 def same_or_refused(seed, folder):
     """True if ids and texts of a random folder are tokenizers', False if it is refused by name,
     None if tokenizers refuses it, too."""
@@ -213,11 +222,10 @@ def same_or_refused(seed, folder):
     assert theirs, f"tokenizers refuses the folder of seed {seed}"
     for _ in range(TEXTS):
         text = a_text(draw, spec)
-        try:
-            expected, what = theirs.encode(text).ids, f"seed {seed}: {text!r}"
-        except BaseException as error:  # of an lstrip after an rstrip tokenizers panics
-            assert type(error).__name__ == "PanicException", error
+        expected, what = or_panic(theirs.encode, text), f"seed {seed}: {text!r}"
+        if expected is None:  # an lstrip after an rstrip
             continue
+        expected = expected.ids
         assert ours.encode_text(text) == expected, what
         plain = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == plain, what
@@ -283,8 +291,10 @@ def splits_the_same(seed):
         return False
     for _ in range(6):
         text = "".join(draw.choices(WORDS + SPACES * 3, k=draw.randint(1, 20)))
-        expected = [piece for piece, _ in theirs.pre_tokenize_str(text)]
-        assert split(ours, behavior, False, text) == expected, f"seed {seed}: {pattern!r} {text!r}"
+        expected = or_panic(theirs.pre_tokenize_str, text)
+        if expected is not None:  # None: too many retries
+            pieces, what = [piece for piece, _ in expected], f"seed {seed}: {pattern!r} {text!r}"
+            assert split(ours, behavior, False, text) == pieces, what
     return True
 
 

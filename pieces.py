@@ -292,8 +292,10 @@ PART = regex.compile(rf"""  # of a pattern
   | (?P<end>\)) | (?P<char>{FREE})""", regex.VERBOSE | regex.V1)
 IN_SET = regex.compile(rf"""  # a part of […]
     {CLASS} | (?P<range>{MEMBER}-{MEMBER}) | (?P<char>{MEMBER} | (?<=\[\^?)- | -(?=\]))
-  | (?P<both>&&) | (?P<set>\[\^?+(?![]:])) | (?P<end>\])""", regex.VERBOSE | regex.V1)
+  | (?P<both>(?<!\[\^?)&&(?![]&])) | (?P<set>\[\^?+(?![]:]))
+  | (?P<end>\])""", regex.VERBOSE | regex.V1)
 ANCHORS = {"^": r"(?:\A|(?<=\n)(?!\Z))", "$": "(?m:$)"}  # of lines, always
+SETS = regex.compile(r"\\.|(?P<set>\[(?:[^][\\]|\\.|(?&set))*\])", regex.DOTALL)
 WORD_IN_SET = r"[\w--[\u200c\u200d]]"  # without ² and five others that \w has elsewhere
 CLASSES = {  # what Oniguruma means by these, where `regex` means something else
     "w": r"[[\w\u00b2\u00b3\u00b9\u00bc-\u00be]--[\u200c\u200d]]", "h": "[0-9a-fA-F]",
@@ -308,8 +310,9 @@ ESCAPED = dict(zip("ntrfav", "\n\t\r\f\a\v"))
 def compiled(pattern, where):
     """An Oniguruma pattern for `regex`. ValueError if it is not known to mean the same there."""
     try:
+        check_sets(pattern)
         return regex.compile(translated(pattern), regex.V1)
-    except (ValueError, regex.error) as error:
+    except (ValueError, IndexError, regex.error) as error:  # an IndexError: one ) too many
         message = f"{where}: the pattern {pattern!r} is not supported: {error}"
     raise ValueError(message)
 
@@ -320,7 +323,8 @@ def translated(pattern):
     >>> translated(r"(?i:'s|'d)|\p{N}{1,3}+| ?[^(\s|[.,])]+$")
     "(?:'[sS\\u017f]|'[dD])|\\p{N}+| ?[^\\x28\\s\\x7c[\\x2e\\x2c]\\x29]+(?m:$)"
     """
-    folds, sets, out, before, at = [False], 0, [], "", 0  # folds: is case looked at, in each group
+    sets, out, before, at = 0, [], "", 0
+    folds, behind = [False], [False]  # of each open group: is it without case, or a look behind
     if pattern.startswith("(?i)"):
         folds, at = [True], 4
     while at < len(pattern):
@@ -338,16 +342,28 @@ def translated(pattern):
             text = member(text, folds[-1], sets) if literal else span(text, folds[-1])
         elif kind in ("fold", "group"):
             folds.append(text == "(?i:" or kind == "group" and folds[-1])
+            behind.append(text.startswith("(?<") or behind[-1])
             text = "(?:" if kind == "fold" or text == "(" else text
         elif kind == "end" and not sets:
-            folds.pop()
+            folds.pop(), behind.pop()
         elif kind in ("set", "end"):
             sets += 1 if kind == "set" else -1
         elif kind == "times":
-            text = times(text)
+            text = times(text, behind[-1])
         out.append(ANCHORS.get(text, text) if kind == "anchor" else text)
         before = literal
     return "".join(out)
+
+
+def check_sets(pattern):
+    """ValueError for a set such as [^\\s\\S], of nothing: `regex` takes it for any character."""
+    for match in SETS.finditer(pattern):
+        names = regex.findall(r"\\[swdh]|\\p\{\^?\w+\}", match["set"] or "", regex.IGNORECASE)
+        signs = {(name.lower().replace("^", ""), name[1].isupper() != ("^" in name))
+                 for name in names}
+        opposite = {name for name, negated in signs if negated}
+        if "[^" in match[0] and (len(opposite) > 1 or opposite & {n for n, no in signs if not no}):
+            raise ValueError(f"{match[0]} may be a set of nothing")
 
 
 def character(text):
@@ -396,8 +412,10 @@ def named(text, fold, in_set):
     return f"[^{known}]" if negated else known
 
 
-def times(text):
+def times(text, behind):
     """A quantifier. {1,3}+ is (?:…{1,3})+ in Oniguruma, and {2}? is (?:…{2})?."""
+    if behind:
+        raise ValueError(f"{text} behind is not done")
     if text[0] != "{" or text[-1] == "}":
         return text
     least, comma, most = text[1:-2].partition(",")

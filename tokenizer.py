@@ -31,7 +31,8 @@ class Tokenizer:
         self.added, self.chat_template = self.tokens.ids, chat_template
         self.prefix, self.suffix = ([self.added.get(t, bpe.ids.get(t, t)) for t in tokens]
                                     for tokens in (prefix, suffix))
-        never = {t for t, i in self.added.items() if not self.tokens.of[i]["single_word"]}
+        never = {token["content"] for token in self.tokens.of.values()  # a piece is none of these
+                 if not (token["single_word"] or token["normalized"] and normalizers)}
         self.at_once = pattern and bpe.encoding and not (bpe.whole_first and bpe.unmade - never)
         self.eos, self.eos_id = eos, self.added.get(eos, bpe.ids.get(eos))
         self.eos_ids = (self.eos_id,)  # of any of which a text ends; an answer ends with eos_id

@@ -8,10 +8,10 @@ import os
 import random
 import re
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from bpe import bytes_to_unicode
-from pieces import LLAMA3_PATTERN, QWEN2_PATTERN
+from pieces import LLAMA3_PATTERN, QWEN2_PATTERN, compiled, split
 from tokenizer import load_tokenizer
 
 FOLDERS = int(os.environ.get("TOKENIZER_FOLDERS", "600"))
@@ -192,6 +192,15 @@ def a_text(draw, spec):
                    for _ in range(draw.choice([0, 1, 3, 10, 25])))
 
 
+def or_panic(function, text):
+    """What tokenizers' function gives, or None if it panics."""
+    try:
+        return function(text)
+    except BaseException as error:
+        assert type(error).__name__ == "PanicException", error
+        return None
+
+
 def same_or_refused(seed, folder):
     """True if ids and texts of a random folder are tokenizers', False if it is refused by name,
     None if tokenizers refuses it, too."""
@@ -213,11 +222,10 @@ def same_or_refused(seed, folder):
     assert theirs, f"tokenizers refuses the folder of seed {seed}"
     for _ in range(TEXTS):
         text = a_text(draw, spec)
-        try:
-            expected, what = theirs.encode(text).ids, f"seed {seed}: {text!r}"
-        except BaseException as error:  # of an lstrip after an rstrip tokenizers panics
-            assert type(error).__name__ == "PanicException", error
+        expected, what = or_panic(theirs.encode, text), f"seed {seed}: {text!r}"
+        if expected is None:  # an lstrip after an rstrip
             continue
+        expected = expected.ids
         assert ours.encode_text(text) == expected, what
         plain = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == plain, what
@@ -228,3 +236,68 @@ def same_or_refused(seed, folder):
 def test_random_folders_give_the_ids_and_texts_of_hugging_face_or_are_refused_by_name(tmp_path):
     found = [same_or_refused(seed, tmp_path) for seed in range(FOLDERS)]
     assert found.count(True) > 0.6 * FOLDERS, f"{found.count(False)} of {FOLDERS} are refused"
+
+
+# --------------------------------------------------------------------------------------------------
+# Oniguruma's patterns, at random
+
+CLASSES = [r"\s", r"\d", r"\w", r"\W", r"\S", r"\p{L}", r"\p{^N}", r"\P{L}", r"\p{Lo}", r"\p{Ll}"]
+OUTSIDE = [*CLASSES, *"lows ", r"\h", r"\p{Lu}", r"\P{Ll}", r"\p{N}", r"\p{P}", r"\p{Han}", ".",
+           "low", "é", "'", r"\.", r"\r\n", "}", "]", "$", "^", r"\x41", r"\u4f60"]
+INSIDE = [*CLASSES, "a-z", "0-9", "一-龥", *"alo.()|*+?${} '~#_&!-", "é", "你", "^x", r"\]", r"\-",
+          r"\\", r"\n", "~~", "||", "--"]
+TIMES = ["", "", "", "?", "*", "+", "+", "??", "*?", "+?", "?+", "*+", "++", "{2}", "{1,3}",
+         "{1,3}+", "{0,2}+", "{1,}", "{,2}", "{1,2}?", "{2}?"]
+GROUPS = ["(", "(?:", "(?=", "(?!", "(?<=", "(?<!", "(?>", "(?i:"]
+
+
+def a_set(draw, depth=0):
+    members = draw.choices(INSIDE, k=draw.randint(1, 4))
+    if depth < 2 and draw.random() < 0.2:
+        members.insert(draw.randint(0, len(members)), a_set(draw, depth + 1))
+    if depth < 2 and draw.random() < 0.1:
+        members += ["&&", a_set(draw, depth + 1)]
+    return "[" + "^" * draw.randint(0, 1) + "".join(members) + "]"
+
+
+def an_atom(draw, depth):
+    kind = draw.random()
+    if kind < 0.3:
+        return a_set(draw)
+    if kind < 0.5 and depth < 3:
+        return draw.choice(GROUPS) + random_pattern(draw, depth + 1) + ")"
+    return draw.choice(OUTSIDE)
+
+
+def random_pattern(draw, depth=0):
+    return "|".join(
+        "".join(an_atom(draw, depth) + draw.choice(TIMES) for _ in range(draw.randint(1, 3)))
+        for _ in range(draw.choice([1, 1, 2, 3])))
+
+
+def splits_the_same(seed):
+    """True if a random pattern splits as Oniguruma's, False if ours is refused, None if theirs."""
+    draw = random.Random(seed)
+    pattern, behavior = random_pattern(draw), draw.choice(BEHAVIORS)
+    snake = re.sub("(?<=.)([A-Z])", r"_\1", behavior).lower()
+    try:
+        theirs = pre_tokenizers.Split(Regex(pattern), snake)
+    except Exception:  # what tokenizers raises
+        return None
+    try:
+        ours = compiled(pattern, "here")
+    except ValueError as error:
+        assert str(error).startswith(f"here: the pattern {pattern!r} is not supported: ")
+        return False
+    for _ in range(6):
+        text = "".join(draw.choices(WORDS + SPACES * 3, k=draw.randint(1, 20)))
+        expected = or_panic(theirs.pre_tokenize_str, text)
+        if expected is not None:  # None: too many retries
+            pieces, what = [piece for piece, _ in expected], f"seed {seed}: {pattern!r} {text!r}"
+            assert split(ours, behavior, False, text) == pieces, what
+    return True
+
+
+def test_random_patterns_split_as_onigurumas_or_are_refused():
+    found = [splits_the_same(seed) for seed in range(FOLDERS)]
+    assert found.count(True) > 2 * found.count(False)

@@ -17,6 +17,7 @@ import data
 import evaluate
 import parallel
 import quant
+import resume
 import sdft
 from damage import check_groups, parse_damage, put_on_grid, remove_neurons, require
 from model import GPT, frozen_copy, generate
@@ -69,7 +70,7 @@ class Run:
     checkpoint: Path | None = None                           # their folder
     identity: dict | None = None                             # what makes this run this run
     lock: int | None = None                                  # on --out
-    interrupt: object = None                                 # resume.Interrupt
+    interrupt: object = dataclasses.field(default_factory=resume.Interrupt)
     healthy_states: dict | None = None                       # for CKA
 
 
@@ -87,9 +88,10 @@ def prepare(c):
     paths = resolve_models(c)
     folder = paths[c.model]
     tokenizer = data.load_tokenizer(folder)
-    for task in [*tasks, *forgetting, *further]:
-        groups = task.train, held_out.get(task.name, []), *task.eval.values()
-        data.check_special_tokens(tokenizer, itertools.chain(*groups))
+    examples = [e for task in [*tasks, *forgetting, *further]
+                for of in (task.train, *task.eval.values()) for e in of]
+    examples += itertools.chain(*held_out.values())
+    data.check_special_tokens(tokenizer, examples)
     teachers, student = read_models(c, paths, tokenizer, texts["perplexity"][:4000])
     check_models(c, teachers, student, tokenizer)
     context = min(m.config.context_length for m in [student, *teachers.values()])
@@ -105,7 +107,7 @@ def prepare(c):
               calibration_of(c, tokenizer, tasks), evaluation, samples_of(c, tasks),
               facts(folder, student, tasks, evaluation, texts) | rates | {"left_out": dropped},
               score, backward, generate)
-    check_lengths(run, context, [*tasks, *forgetting, *further])
+    check_lengths(run, context, examples)
     return run
 
 
@@ -335,7 +337,7 @@ def prompt_of(c, tokenizer, e, student="none", teacher="turn"):
     views = (data.teacher_prompt(tokenizer, e, demo, c.text_prompt_tokens)
              for demo in (student, teacher))
     answer = data.expert_answer(tokenizer, e, c.text_prompt_tokens, c.rollout_tokens)
-    return sdft.Prompt(*views, answer, e.where)
+    return sdft.Prompt(*views, answer)
 
 
 def lesson_of(c, tokenizer, tasks, held_out, steps, order, **views):
@@ -380,37 +382,37 @@ def plan_recoveries(c, tokenizer, tasks, held_out, lr):
     return lessons
 
 
-def check_lengths(run, context_length, tasks):
+def check_lengths(run, context_length, examples):
     """ValueError for prompts that do not fit the context with their answers."""
-    evaluation = run.evaluation
-    found = [*lesson_lengths(run), *answer_lengths(run)]  # (tokens, file and line or "")
-    longest, where = max(found)
-    for ids in [*run.calibration, *itertools.chain(*evaluation.sequences.values())]:
-        if len(ids) > max(longest, context_length):
-            longest, where = len(ids), where_of(ids, evaluation.tokenizer, tasks)
-    require(longest <= context_length,
-            f"{where and where + ': '}a prompt with its answer takes {longest} tokens, more than "
-            f"the model's context of {context_length}")
+    sequences = [*run.calibration, *itertools.chain(*run.evaluation.sequences.values())]
+    found = [*lesson_lengths(run), *answer_lengths(run), *((len(ids), ids) for ids in sequences)]
+    longest, whose = max(found, key=lambda pair: pair[0])
+    if longest <= context_length:
+        return
+    if not isinstance(whose, str):
+        whose = where_of(whose, run.evaluation.tokenizer, examples)
+    raise ValueError(f"{whose and whose + ': '}a prompt with its answer takes {longest} tokens, "
+                     f"more than the model's context of {context_length}")
 
 
 def lesson_lengths(run):
-    """[(tokens of a prompt with its answer, where it is from)] of all that is trained on."""
+    """[(tokens of a prompt with its answer, the student's ids)] of all that is trained on."""
     found = []
     for lesson in filter(None, [run.expert, run.forgetting, *run.recoveries]):
         given = lesson.how in ("kd", "sft")  # else the answer is a rollout
         for p in itertools.chain(*lesson.batches) if lesson.how != "none" else ():
             prompt = p.student if lesson.how == "sft" else p.teacher
             answer = len(p.answer) if given else run.config.rollout_tokens
-            found.append((len(prompt) + answer, p.where))
+            found.append((len(prompt) + answer, p.student))
         for p in itertools.chain(*lesson.held_out.values()) if lesson.how != "none" else ():
             prompt = p.student if lesson.how == "sft" else p.teacher
-            found.append((len(prompt) + len(p.answer), p.where))
+            found.append((len(prompt) + len(p.answer), p.student))
     return found
 
 
 def answer_lengths(run):
-    """[(tokens, where)]: for each group that is asked its longest prompt with its longest answer,
-    and the row that has the longer of the two; and each choice after its context."""
+    """[(tokens, file and line)]: for each group that is asked its longest prompt with its longest
+    answer, and the row that has the longer of the two; and each choice after its context."""
     evaluation, found = run.evaluation, []
     tokenizer = evaluation.tokenizer
     taught = any(lesson.teacher for lesson in run.recoveries)
@@ -429,12 +431,13 @@ def answer_lengths(run):
     return found
 
 
-def where_of(ids, tokenizer, tasks):
-    """The file and line of the example that these ids are, prompt and answer; "" if of none."""
-    for task in tasks:
-        for e in itertools.chain(task.train, *task.eval.values()):
-            if e.where and ids == data.student_prompt(tokenizer, e) + tokenizer.answer(e.response):
-                return e.where
+def where_of(ids, tokenizer, examples):
+    """The file and line of the example whose prompt these ids are, or prompt and answer; else
+    ""."""
+    for e in (e for e in examples if e.where):
+        prompt = data.student_prompt(tokenizer, e)
+        if ids in (prompt, prompt + tokenizer.answer(e.response)):
+            return e.where
     return ""
 
 

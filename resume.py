@@ -211,7 +211,7 @@ def file_of(run):
 def save(run, training=None):
     """Write the run's state beside the one that was there, then in place of it. A full disk is
     said, and ends nothing."""
-    if not run.config.save_every:
+    if not run.config.save_every or not run.checkpoint:
         return
     state = {name: getattr(run, name) for name in LASTING} | {
         "identity": run.identity, "trained": run.trained, "training": training,
@@ -245,7 +245,7 @@ def said(run):
 
 def keep(run, stage, student):
     """Save a student whose training is over."""
-    if not run.config.save_every:
+    if not run.config.save_every or not run.checkpoint:
         return
     with said(run):
         if parallel.rank() == 0:

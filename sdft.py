@@ -34,13 +34,11 @@ from cka import linear_cka
 
 class Prompt(NamedTuple):
     """Token ids of one prompt: as the student sees it, and as the teacher sees it (with the
-    demonstration, or the same); and the expert's answer, which the baselines learn from. where: the
-    file and line it comes from, if any, for errors."""
+    demonstration, or the same); and the expert's answer, which the baselines learn from."""
 
     student: list
     teacher: list
     answer: list = ()
-    where: str = ""
 
 
 class Diverged(Exception):

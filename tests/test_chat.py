@@ -647,7 +647,7 @@ def test_an_evaluation_ends_at_any_of_the_ids_and_matches(tmp_path):
 def test_a_special_token_in_the_words_of_a_chat_is_refused(field, text, token, folder):
     ours, fields = load_tokenizer(folder), {"prompt": "Where?", "response": "Paris", "system": ""}
     check_special_tokens(ours, [Example(**fields), Example("<|im_end|>", chat=False)])
-    with pytest.raises(ValueError, match=f"^.*the {field} contains '{re.escape(token)}'"):
+    with pytest.raises(ValueError, match=f"^.*the {field}.* contains '{re.escape(token)}'"):
         check_special_tokens(ours, [Example(**fields | {field: text})])
 
 

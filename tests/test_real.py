@@ -65,3 +65,17 @@ def test_logits_equal_transformers(smollm2):
     with torch.no_grad():
         a, b = ours(ids).log_softmax(-1), theirs(ids).logits.log_softmax(-1)
     torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+
+
+def test_its_gguf_is_the_same_model_as_its_folder(smollm2, tmp_path):
+    """Read straight: equal weights and ids."""
+    gguf = checkpoint.download(tmp_path)
+    straight, folder = GPT.from_pretrained(gguf), GPT.from_pretrained(smollm2)
+    weights = dict(folder.named_parameters())
+    assert all(torch.equal(w, weights.pop(name)) for name, w in straight.named_parameters())
+    assert not weights
+    chat = [{"role": "user", "content": "Was kostet das? def f(x): return x ** 2  # 数 🙂"}]
+    ids = [load_tokenizer(where).chat(chat) for where in (gguf, smollm2)]
+    assert ids[0] == ids[1]
+    logits = [model(torch.tensor([ids[0]])) for model in (straight, folder)]
+    assert torch.equal(*logits)

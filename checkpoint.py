@@ -586,6 +586,16 @@ def write_json(path, value):
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def weights_sha256(source):
+    """Of the files that hold a model's weights, a folder's or a GGUF file, in order of their
+    names."""
+    path, found = Path(source), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with open(file, "rb") as f:
+            found.update(hashlib.file_digest(f, "sha256").digest())
+    return found.hexdigest()
+
+
 def copy_tokenizer(source, folder):
     """Write the tokenizer's files of a model, a folder or a GGUF file, into a folder."""
     if Path(source).is_file():

@@ -450,8 +450,8 @@ def facts(folder, student, tasks, evaluation, texts):
     measured = [[(e.prompt, e.response, *e.earlier) for e in examples]
                 for examples in splits.values()]
     return {"model": str(folder), "parameters": sum(p.numel() for p in student.parameters()),
-            "damage": {}, "data_sha256": sha256(repr(trained)),
-            "eval_sha256": sha256(repr(measured)),
+            "model_sha256": checkpoint.weights_sha256(folder)[:12], "damage": {},
+            "data_sha256": sha256(repr(trained)), "eval_sha256": sha256(repr(measured)),
             "eval_examples": {name: len(examples) for name, examples in splits.items()},
             "text_sha256": sha256(texts["perplexity"]), "text_tokens": sum(map(len, windows)),
             "text_window": len(windows[0]), "context_length": student.config.context_length}

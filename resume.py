@@ -25,7 +25,7 @@ import parallel
 from model import frozen_copy
 
 LASTING = "asked", "guard", "lines", "seconds", "shown"  # what of a Run is in a checkpoint as it is
-FREE = "out", "save_every", "resume"                     # options that change no number
+FREE = "out", "save_every", "resume", "dry_run", "verify"  # options that change no number
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
           torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 
@@ -198,7 +198,7 @@ def _identity(config, facts):
     config = config | {"device": config["device"].split(":")[0]}
     options = {"--" + name.replace("_", "-"): value
                for name, value in config.items() if name not in FREE}
-    hashes = "data_sha256", "eval_sha256", "text_sha256"
+    hashes = "model_sha256", "data_sha256", "eval_sha256", "text_sha256"
     return options | {name: facts[name] for name in (*hashes, "processes", "torch")}
 
 

@@ -16,6 +16,9 @@ import datetime
 import math
 import os
 import platform
+import shlex
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -63,6 +66,8 @@ class Config:
     save_every: int = option(21, "steps of a training between two checkpoints, with which the same "
                              "command goes on after an interruption; 0: there are none", least=0)
     resume: bool = option(True, "go on with the unfinished run that is in --out, or start anew")
+    dry_run: bool = option(False, "check everything, try a part of it, say what all would take")
+    verify: str = option("", "the --out of a finished run: measure its students again, no more")
 
     degrade: str = option(
         "", "by commas: ffn10 (percent of the neurons removed), magnitude30, wanda30 (percent of "
@@ -503,11 +508,24 @@ def environment(run):
     found = {**run.facts, "python": platform.python_version(), "torch": torch.__version__,
              "machine": platform.machine(), "processor": parallel.processor(device),
              "threads": torch.get_num_threads(), "processes": parallel.size(),
+             "command": " ".join(map(shlex.quote, sys.argv)), "revision": revision(),
              "date": datetime.datetime.now().isoformat(timespec="minutes"),
              "peak_memory_gib": parallel.peak_memory_gib()}
     if device != "cpu":
         found["peak_gpu_memory_gib"] = parallel.peak_memory_gib(device)
     return found
+
+
+def revision():
+    """The commit of this code, and whether its files were changed since; "" if git cannot say."""
+    if not shutil.which("git"):
+        return ""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    said = [subprocess.run([*git, *asked], capture_output=True, text=True)
+            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain"])]
+    if any(done.returncode for done in said):
+        return ""
+    return said[0].stdout.strip() + (" and changes" if said[1].stdout.strip() else "")
 
 
 def finish(run, results, students):
@@ -568,6 +586,9 @@ def main(argv=None):
         with parallel.watching_peers(), resume.Interrupt().caught() as interrupt:
             try:
                 check_bounds(config)
+                if config.verify or config.dry_run:
+                    import proof
+                    return proof.verify(config.verify) if config.verify else proof.dry_run(config)
                 run = prepare(config)
                 resume.begin(run)
             except ValueError as error:

@@ -1,0 +1,168 @@
+"""What a run would take, before it (`train.py … --dry-run`), and whether its numbers hold, after it
+(`train.py --verify DIR`)."""
+import dataclasses
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import evaluate
+import parallel
+import train
+from damage import damage_
+from model import GPT, frozen_copy
+from prepare import prepare
+
+# ------------------------------------------------------------------------------------- beforehand
+
+SAMPLE = 64  # examples of each split that are answered to see how long all take
+STEPS = 3    # steps that are taken to see how long all take
+
+
+def dry_run(c):
+    """Read and check everything; try a part of each stage; print what the whole would take."""
+    run, times = prepare(c), {}
+    with tempfile.TemporaryDirectory() as c.out:  # of this process alone
+        run.teachers["healthy"] = run.teachers["base"]
+        student, run.student = run.student, None
+        times["healthy"] = time_to_measure(run, run.teachers["healthy"])
+        began = time.perf_counter()
+        damage_(student, c, run.calibration)
+        times["degraded"] = time_to_measure(run, frozen_copy(student, getattr(torch, c.dtype)))
+        times["damage"] = time.perf_counter() - began - times["degraded"][1]
+        trained = [lesson for lesson in run.recoveries if lesson.how != "none"]
+        if trained:
+            training = time_to_train(run, student, trained[0])
+            times["training"] = training * len(trained)
+    show_plan(run, times)
+    return 0
+
+
+def time_to_measure(run, model):
+    """(seconds that measuring this model takes, how many of them were spent on a part)."""
+    began, evaluation, whole = time.perf_counter(), run.evaluation, 0.0
+    for metric, examples in evaluation.splits.items():
+        part = evaluate.spread(examples, SAMPLE)
+        only = dataclasses.replace(evaluation, splits={metric: part}, windows={})
+        whole += seconds_of(evaluate.measure, only, model) * len(examples) / len(part)
+    rest = dataclasses.replace(evaluation, splits={})
+    whole += seconds_of(evaluate.measure, rest, model, run.healthy_states)
+    if run.healthy_states is None:
+        whole += seconds_of(keep_states, run, model)
+    return whole, time.perf_counter() - began
+
+
+def keep_states(run, model):
+    run.healthy_states = evaluate.states_of(run.evaluation, model)
+
+
+def seconds_of(function, *arguments):
+    began = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - began
+
+
+def time_to_train(run, student, lesson):
+    """Seconds that a training takes, from a few of its steps; the guard's checks are counted."""
+    steps, part = len(lesson.batches), lesson.batches[:STEPS]
+    began = time.perf_counter()
+    recovered = train.teach(run, student, dataclasses.replace(lesson, batches=part))
+    spent = time.perf_counter() - began
+    evaluate.measure(dataclasses.replace(run.evaluation, splits={}),  # for the memory it takes
+                     frozen_copy(recovered, getattr(torch, run.config.dtype)), run.healthy_states)
+    each = [line["seconds"] for line in run.lines][1:] or [run.lines[0]["seconds"]]
+    step, watched = sum(each) / len(each), run.guard.get(lesson.stage, {"seconds": 0, "checks": []})
+    check = watched["seconds"] / max(1, len(watched["checks"]))
+    once = spent - sum(line["seconds"] for line in run.lines) - watched["seconds"]
+    return once + steps * step + check * (1 + math.ceil(steps / 7))
+
+
+def show_plan(run, times):
+    """Print the stages, and what each takes."""
+    c, evaluation = run.config, run.evaluation
+    questions = sum(map(len, evaluation.splits.values()))
+    windows = sum(map(len, evaluation.windows.values()))
+    print(f"\nplan of a run ({c.dtype}, {parallel.processor(c.device)}):")
+    lessons = [run.expert, run.forgetting, *run.recoveries]
+    for lesson in [lesson for lesson in lessons if lesson and lesson.how != "none"]:
+        prompts = [p for batch in lesson.batches for p in batch]
+        tokens = sum(len(p.student) + len(p.teacher) for p in prompts)
+        print(f"  {lesson.stage}: {lesson.how}, {len(lesson.batches)} steps, {len(prompts)} "
+              f"prompts of {tokens:,} tokens, as student and teacher see them, and answers")
+    print(f"  each stage is measured: {questions} questions, {windows} windows of text, "
+          f"{sum(map(len, evaluation.sequences.values()))} sequences for CKA")
+    stages = sum(lesson.how != "none" for lesson in run.recoveries)
+    history = [lesson for lesson in (run.expert, run.forgetting) if lesson]
+    measuring = times["healthy"][0] + times["degraded"][0] * (1 + stages + bool(run.expert))
+    training = times.get("training", 0.0)
+    if history and stages:  # a step of theirs takes about as long
+        steps = sum(len(lesson.batches) for lesson in history)
+        training += training / stages / c.steps * steps
+    total = measuring + training + times["damage"]
+    size = 4 * run.facts["parameters"] / 2 ** 30  # of a student, float32
+    memory = parallel.peak_memory_gib() + 2 * size * (len(run.recoveries) - 1)
+    print(f"expect {total / 60:.1f} minutes (measuring {measuring:.0f} s, training "
+          f"{training:.0f} s), {memory:.1f} GiB of memory", end="")
+    if c.device != "cpu":
+        print(f", {parallel.peak_memory_gib(c.device):.1f} GiB of the GPU", end="")
+    print(f", {size * len(run.recoveries):.1f} GiB on disk; nothing was written")
+
+
+# ------------------------------------------------------------------------------------- afterwards
+
+def verify(folder):
+    """Measure the students that a finished run left in a folder, and its healthy model, again, and
+    print which numbers agree; returns 0 if all do, else 1.
+
+    ValueError, FileNotFoundError for a folder that is none of a finished run of this version.
+    """
+    folder = Path(folder)
+    results, c = results_in(folder)
+    run, good = prepare(c), True
+    for name in ("model_sha256", "data_sha256", "eval_sha256", "text_sha256"):
+        good &= same("what was read", name, results["environment"].get(name), run.facts[name])
+    for name, now in (("processor", parallel.processor(c.device)), ("torch", torch.__version__)):
+        same("the machine", name, results["environment"].get(name), now)
+    models = {} if run.expert else {"healthy": run.teachers["base"]}
+    for lesson in run.recoveries:
+        path = folder / lesson.stage.replace("recovered", "student")
+        models[lesson.stage] = frozen_copy(GPT.from_pretrained(path), getattr(torch, c.dtype))
+    for stage, model in models.items():
+        m = evaluate.measure(run.evaluation, model.to(c.device), run.healthy_states,
+                             f"measure {stage}")
+        if stage == "healthy":
+            keep_states(run, model)
+        for metric in m.items:
+            good &= same(stage, metric, results["stages"][stage][metric], m.value(metric))
+        for level, kinds in m.cka.items():
+            for kind, values in kinds.items():
+                then = results["cka"][level][stage][kind]
+                good &= same(stage, f"CKA, {level}, {kind}, last layer", then[-1], values[-1])
+    print("all agree" if good else "not all agree")
+    return 0 if good else 1
+
+
+def results_in(folder):
+    """(results.json, its Config) of a finished run."""
+    path = folder / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no results.json of a finished run")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for part in ("environment", "stages", "cka"):
+            results[part].keys()
+        return results, train.Config(**results["config"])
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not of a run of this version ({error})") from None
+
+
+def same(what, name, then, now):
+    """Whether two values are one, to a millionth; printed."""
+    numbers = isinstance(then, (int, float)) and isinstance(now, (int, float))
+    agree = math.isclose(then, now, rel_tol=1e-6, abs_tol=1e-9) if numbers else then == now
+    shown = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in (then, now)]
+    print(f"  {what}: {name} {shown[0]}" + (", agrees" if agree else f" then, {shown[1]} now"))
+    return agree

@@ -81,8 +81,10 @@ class Watch:
 
     @torch.no_grad()
     def go_on(self, past):
-        best = past["weights"] or self.trained()
-        vars(self).update({name: value for name, value in past.items() if name != "weights"})
+        """Be what the one with this state() was."""
+        self.steps, self.checks, self.kept = past["steps"], past["checks"], past["kept"]
+        self.first, self.seconds = past["first"], past["seconds"]
+        best = past.pop("weights") or self.trained()
         for place, p in zip(self.weights, best):
             place.copy_(p)
 

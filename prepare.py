@@ -69,6 +69,7 @@ class Run:
     saves: int = 0                                           # how many checkpoints were written
     checkpoint: Path | None = None                           # their folder
     identity: dict | None = None                             # what makes this run this run
+    full: bool = False                                       # the disk: no more checkpoints
     lock: int | None = None                                  # on --out
     interrupt: object = dataclasses.field(default_factory=resume.Interrupt)
     healthy_states: dict | None = None                       # for CKA
@@ -105,7 +106,8 @@ def prepare(c):
     recoveries = plan_recoveries(c, tokenizer, tasks, held_out, rates["lr"])
     run = Run(c, folder, teachers, student, expert, damaging, recoveries,
               calibration_of(c, tokenizer, tasks), evaluation, samples_of(c, tasks),
-              facts(folder, student, tasks, evaluation, texts) | rates | {"left_out": dropped},
+              facts(folder, student, tasks, evaluation, texts) | hashes(c, paths, examples, texts)
+              | rates | {"left_out": dropped},
               score, backward, generate)
     check_lengths(run, context, examples)
     return run
@@ -441,6 +443,16 @@ def where_of(ids, tokenizer, examples):
     return ""
 
 
+def hashes(c, paths, examples, texts):
+    """Of the model's weights, and of all that a run reads: the weights of each of its models, its
+    rows, its texts."""
+    models = {name: checkpoint.weights_sha256(path) for name, path in paths.items()}
+    rows = [(e.prompt, e.response, e.system, *e.earlier, *e.choices, e.answer) for e in examples]
+    everything = repr((models, rows, texts)).encode()
+    return {"model_sha256": models[c.model][:12],
+            "inputs_sha256": hashlib.sha256(everything).hexdigest()[:12]}
+
+
 def facts(folder, student, tasks, evaluation, texts):
     """Hashes and counts of what a run reads."""
     def sha256(text):
@@ -450,8 +462,8 @@ def facts(folder, student, tasks, evaluation, texts):
     measured = [[(e.prompt, e.response, *e.earlier) for e in examples]
                 for examples in splits.values()]
     return {"model": str(folder), "parameters": sum(p.numel() for p in student.parameters()),
-            "model_sha256": checkpoint.weights_sha256(folder)[:12], "damage": {},
-            "data_sha256": sha256(repr(trained)), "eval_sha256": sha256(repr(measured)),
+            "damage": {}, "data_sha256": sha256(repr(trained)),
+            "eval_sha256": sha256(repr(measured)),
             "eval_examples": {name: len(examples) for name, examples in splits.items()},
             "text_sha256": sha256(texts["perplexity"]), "text_tokens": sum(map(len, windows)),
             "text_window": len(windows[0]), "context_length": student.config.context_length}

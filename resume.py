@@ -25,7 +25,9 @@ import parallel
 from model import frozen_copy
 
 LASTING = "asked", "guard", "lines", "seconds", "shown"  # what of a Run is in a checkpoint as it is
+LATEST = "latest.json"                                   # names the last whole state
 FREE = "out", "save_every", "resume", "dry_run", "verify"  # options that change no number
+TENSOR = "\0tensor"                                      # a key that no dictionary here has
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
           torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 
@@ -56,15 +58,22 @@ def write(path, state):
         part.unlink(missing_ok=True)
 
 
+class Unreadable(OSError):
+    """A checkpoint that is broken, or of another version."""
+
+    def __init__(self, path, why):
+        super().__init__(f"{path}: not a checkpoint of this project ({why}); --no-resume starts "
+                         "anew")
+
+
 def read(path):
-    """What `write` wrote; ValueError for any other file."""
+    """What `write` wrote; Unreadable for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
             return _put_together(state, file.get_tensor)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this project ({error}); --no-resume starts "
-                         "anew") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise Unreadable(path, error) from None
 
 
 def _taken_apart(x, tensors):
@@ -72,7 +81,7 @@ def _taken_apart(x, tensors):
     if isinstance(x, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = (x.to_local() if isinstance(x, DTensor) else x).detach()
-        return {"tensor": name}
+        return {TENSOR: name}
     if isinstance(x, dict):
         return {key: _taken_apart(value, tensors) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -83,8 +92,8 @@ def _taken_apart(x, tensors):
 def _put_together(x, tensor):
     """The inverse; tensor(name) is one of them."""
     if isinstance(x, dict):
-        if x.keys() == {"tensor"}:
-            return tensor(x["tensor"])
+        if x.keys() == {TENSOR}:
+            return tensor(x[TENSOR])
         return {key: _put_together(value, tensor) for key, value in x.items()}
     return [_put_together(value, tensor) for value in x] if isinstance(x, list) else x
 
@@ -92,7 +101,11 @@ def _put_together(x, tensor):
 # ------------------------------------------------------------------------------- a run's own state
 
 class Finished(Exception):
-    """This very run is done already."""
+    """This very run is done already; code is what it ended with."""
+
+    def __init__(self, out, code):
+        super().__init__(f"{out} holds this run, finished: --no-resume does it again")
+        self.code = code
 
 
 def begin(run):
@@ -103,23 +116,36 @@ def begin(run):
     """
     out = Path(run.config.out)
     run.checkpoint, run.identity = out / "checkpoint", identity(run)
-    if parallel.rank() == 0:
-        run.lock = lock(out)
-    if run.config.resume:
-        go_on(run, out)
-    if parallel.rank() == 0:
-        clear(run, out, 4 * run.facts["parameters"] * len(run.recoveries))
+    try:
+        if parallel.rank() == 0:
+            run.lock = lock(out)
+        if run.config.resume:
+            go_on(run, out)
+        if parallel.rank() == 0:
+            clear(run, out)
+    except BaseException:
+        end(run, done=False)
+        raise
 
 
 def go_on(run, out):
     """Read the checkpoint, if there is one."""
-    latest = run.checkpoint / "latest.json"
-    if not latest.exists():
-        if finished_there(out) == run.identity:
-            raise Finished(f"{out} holds this run, finished: --no-resume does it again")
+    if not (run.checkpoint / LATEST).exists():
+        check_finished(run, out)
         return
-    run.saves = json.loads(latest.read_text())["saves"]
-    state = read(file_of(run))
+    try:
+        run.saves = int(json.loads((run.checkpoint / LATEST).read_text())["saves"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Unreadable(run.checkpoint / LATEST, repr(error)) from None
+    state = read(file_of(run, run.saves))
+    try:
+        take(run, state, out)
+    except (AttributeError, KeyError, TypeError) as error:  # of another version
+        raise Unreadable(run.checkpoint, repr(error)) from None
+
+
+def take(run, state, out):
+    """Give a run what an earlier process of it knew."""
     differ = [name for name in sorted(state["identity"].keys() | run.identity.keys())
               if state["identity"].get(name) != run.identity.get(name)]
     if differ:
@@ -129,24 +155,47 @@ def go_on(run, out):
         setattr(run, name, state[name])
     run.measured = {name: evaluate.Measurement(**m) for name, m in state["stages"].items()}
     run.trained, run.training = state["trained"], state["training"]
+    known = {*run.trained, (run.training or {}).get("stage")}
+    run.lines = [line for line in run.lines if line["stage"] in known]
+    run.seconds = {name: spent for name, spent in run.seconds.items()
+                   if name.removesuffix(" training") in known or not name.endswith(" training")}
 
 
-def clear(run, out, size):
+def check_finished(run, out):
+    """Finished, if a folder holds all that this run would leave."""
+    try:
+        results = json.loads((out / "results.json").read_text())
+        same = identity_of(results["config"], results["environment"]) == run.identity
+        code = int(any(found["ended"] for found in results["guard"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    folders = [out / lesson.stage.replace("recovered", "student") for lesson in run.recoveries]
+    if same and all((folder / "model.safetensors").exists() for folder in folders):
+        raise Finished(out, code)
+
+
+def clear(run, out):
     """Take away an earlier run's results, which a run that dies would leave standing. OSError if
-    --out cannot be written to, or has no room for students of this many bytes."""
+    --out cannot be written to, or has no room for the students."""
+    size, free = 4 * run.facts["parameters"] * len(run.recoveries), shutil.disk_usage(out).free
+    if free < size:
+        raise OSError(f"--out {out}: {free / 1e9:.1f} GB are free there and the students take "
+                      f"{size / 1e9:.1f}: choose another folder")
     try:
         (out / "results.json").unlink(missing_ok=True)
         lines = [evaluate.to_json(line) + "\n" for line in run.lines]
         (out / "metrics.jsonl").write_text("".join(lines))
-        if not run.saves and run.checkpoint.exists():
-            shutil.rmtree(run.checkpoint)
+        if not run.saves:
+            remove(run.checkpoint)
     except OSError as error:
         why = f"{error.strerror}; choose another folder"
         raise OSError(f"cannot write to --out {out}: {why}") from None
-    free = shutil.disk_usage(out).free
-    if free < size:
-        raise OSError(f"--out {out}: {free / 1e9:.1f} GB are free there and the students take "
-                      f"{size / 1e9:.1f}: choose another folder")
+
+
+def remove(checkpoint):
+    """A checkpoint folder, if there is one; what says that it is one goes first."""
+    (checkpoint / LATEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def lock(out):
@@ -167,96 +216,94 @@ def lock(out):
 def end(run, done):
     """Let go of --out; of a run that has left everything there, take its state away."""
     if done and parallel.rank() == 0:
-        shutil.rmtree(run.checkpoint, ignore_errors=True)
+        remove(run.checkpoint)
     if run.lock is not None:
         os.close(run.lock)
+        run.lock = None
 
 
-def how_to_go_on(config, run):
+def how_to_go_on(out):
     """What to say of a run that was broken off."""
-    if run and run.checkpoint and (run.checkpoint / "latest.json").exists():
-        return f"the same command goes on from {run.checkpoint}"
-    return f"{config.out}/results.json and student/ were not written"
+    checkpoint = Path(out) / "checkpoint"
+    if (checkpoint / LATEST).exists():
+        return f"the same command goes on from {checkpoint}"
+    return f"{out}/results.json and student/ were not written"
 
 
 def identity(run):
     """Everything that decides a run's numbers, by the names that a user knows."""
     facts = run.facts | {"processes": parallel.size(), "torch": torch.__version__}
-    return _identity(dataclasses.asdict(run.config), facts)
+    return identity_of(dataclasses.asdict(run.config), facts)
 
 
-def finished_there(out):
-    """The identity of the run whose results a folder holds; None if there are none."""
-    try:
-        results = json.loads((out / "results.json").read_text())
-        return _identity(results["config"], results["environment"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _identity(config, facts):
+def identity_of(config, facts):
     config = config | {"device": config["device"].split(":")[0]}
     options = {"--" + name.replace("_", "-"): value
                for name, value in config.items() if name not in FREE}
-    hashes = "model_sha256", "data_sha256", "eval_sha256", "text_sha256"
+    hashes = "model_sha256", "data_sha256", "eval_sha256", "text_sha256", "inputs_sha256"
     return options | {name: facts[name] for name in (*hashes, "processes", "torch")}
 
 
-def file_of(run):
+def file_of(run, number):
     """Where this process's state is: its own, of a sharded student, else that of process 0."""
     share = parallel.rank() if run.config.shard else 0
-    return run.checkpoint / f"{run.saves}-{share}.safetensors"
+    return run.checkpoint / f"{number}-{share}.safetensors"
 
 
 def save(run, training=None):
-    """Write the run's state beside the one that was there, then in place of it. A full disk is
-    said, and ends nothing."""
-    if not run.config.save_every or not run.checkpoint:
+    """Write the run's state beside the one that was there, then in place of it."""
+    if not saving(run):
         return
     state = {name: getattr(run, name) for name in LASTING} | {
         "identity": run.identity, "trained": run.trained, "training": training,
         "stages": {name: vars(m) for name, m in run.stages.items()}}
-    old, first = file_of(run), parallel.rank() == 0
+    ours = file_of(run, run.saves + 1)
+    if not written(run, ours, state, whose="each" if run.config.shard else "first"):
+        return
     run.saves += 1
-    with said(run):
-        run.checkpoint.mkdir(exist_ok=True)
-        if first or run.config.shard:
-            write(file_of(run), state)
-        parallel.wait()
-        if first:
-            part = run.checkpoint / "latest.part"
-            part.write_text(json.dumps({"saves": run.saves}))
-            os.replace(part, run.checkpoint / "latest.json")
-        parallel.wait()
-        old.unlink(missing_ok=True)
+    if parallel.rank() == 0:
+        part = run.checkpoint / "latest.part"
+        part.write_text(json.dumps({"saves": run.saves}))
+        os.replace(part, run.checkpoint / LATEST)
+    parallel.wait()
+    for path in run.checkpoint.glob(f"*-{ours.stem.split('-')[1]}.safetensors"):
+        if path != ours and (run.config.shard or parallel.rank() == 0):
+            path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def said(run):
-    """Within the body an OSError is one line, no more."""
+def saving(run):
+    return run.config.save_every and run.checkpoint and not run.full
+
+
+def written(run, path, state, whose):
+    """Whether all processes that are to ("first": process 0) could write their file. If not, that
+    is said, the run writes no further checkpoint, and the last one stays."""
+    why = ""
     try:
-        yield
+        if whose == "each" or parallel.rank() == 0:
+            run.checkpoint.mkdir(exist_ok=True)
+            write(path, state)
     except OSError as error:
-        why = error.strerror or error
-        print(f"\n{run.checkpoint}: a checkpoint could not be written ({why})", file=sys.stderr)
+        why = str(error.strerror or error)
+        print(f"\n{path}: no checkpoint could be written ({why}), and none will be",
+              file=sys.stderr)
+    run.full = any(parallel.gather([why]))
+    return not run.full
 
 
 # ------------------------------------------------------------------------------------- its students
 
 def keep(run, stage, student):
     """Save a student whose training is over."""
-    if not run.config.save_every or not run.checkpoint:
+    if not saving(run):
         return
-    with said(run):
-        if parallel.rank() == 0:
-            run.checkpoint.mkdir(exist_ok=True)
-            weights = dict(student.named_weights())
-            write(run.checkpoint / f"{stage}.safetensors", {"weights": weights})
+    state = {"weights": dict(student.named_weights())}
+    if written(run, run.checkpoint / f"{stage}.safetensors", state, whose="first"):
         run.trained.append(stage)
         save(run)
 
 
-def trained(run, student, stage):
+def kept(run, student, stage):
     """The student that `keep` saved, from one of its shape, which is not yet trained."""
     weights = read(run.checkpoint / f"{stage}.safetensors")["weights"]
     plain = frozen_copy(student, torch.float32)
@@ -281,7 +328,7 @@ def resumed(run, student, stage):
     if not found or found["stage"] != stage:
         return {}
     parameters = trained_parameters(student)
-    for p, saved in zip(parameters, found["parameters"]):
+    for p, saved in zip(parameters, found.pop("parameters")):
         (p.to_local() if isinstance(p, DTensor) else p).copy_(saved)
     memory = found["memory"]
     memory["moments"] = [{name: _beside(p, x) for name, x in moments.items()}
@@ -311,6 +358,7 @@ class Interrupt:
         if not self.held or self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        print("\nthis step is finished first", file=sys.stderr)
 
     @contextlib.contextmanager
     def caught(self):

@@ -5,7 +5,7 @@
 
 The story, top to bottom: `prepare` reads everything and finds a user's mistakes; `make_healthy` and
 `make_degraded` make and measure the two models of those names; `execute` then recovers the damaged
-one, in each way that was asked for; `save` writes what came of it to --out.
+one, in each way that was asked for; `finish` writes what came of it to --out.
 
 Where this departs from the paper, or fills in what it leaves open, is listed in README.
 """
@@ -284,7 +284,7 @@ def teach(run, student, lesson):
     by what is watched on the way."""
     c, stage = run.config, lesson.stage
     if stage in run.trained:  # by an earlier process of this run
-        return resume.trained(run, student, stage)
+        return resume.kept(run, student, stage)
     student = trainable_(c, student, run.teachers["base"])
     past = resume.resumed(run, student, stage)
     ask_teacher(run, lesson)
@@ -316,13 +316,15 @@ def teach(run, student, lesson):
 
 
 def stop_of(run, lesson, watch, now, so_far):
-    """stop() of a training: whether a step was its last. now() is its state, saved now and then."""
+    """stop() of a training, after a step: whether it was the last. Now and then now(), the
+    training's state, is saved, and when the run is asked to stop, which it then does. After the
+    last step resume.keep saves the student itself."""
     def stop():
         if watch and watch():
             return True
         state, every = now(), run.config.save_every
         step = state["memory"]["step"]
-        if run.interrupt.asked or every and step % every == 0 and step < len(lesson.batches):
+        if run.interrupt.asked or (every and step % every == 0 and step < len(lesson.batches)):
             run.seconds[f"{lesson.stage} training"] = so_far()
             resume.save(run, state)
         run.interrupt.leave_if_asked()
@@ -395,8 +397,9 @@ def watch_of(run, student, lesson, past):
     else:
         value = guard.held_out_loss(run, student, lesson)
     strict = lesson.recovery and damaged
+    before = past["seconds"] if past else 0.0
     watch = guard.Watch(student, value, c.patience, strict, past=past)
-    watch.seconds = time.perf_counter() - began + (past["seconds"] if past else 0)
+    watch.seconds = before + time.perf_counter() - began
     return watch
 
 
@@ -580,27 +583,15 @@ def save_student(source, student, folder):
 def main(argv=None):
     """The command line; returns the exit code, 2 for a user's mistake."""
     evaluate.any_terminal()
-    config, run, code = parse(argv), None, None
+    config = parse(argv)
     config.device = parallel.start(config.device)
     try:
         with parallel.watching_peers(), resume.Interrupt().caught() as interrupt:
-            try:
-                check_bounds(config)
-                if config.verify or config.dry_run:
-                    import proof
-                    return proof.verify(config.verify) if config.verify else proof.dry_run(config)
-                run = prepare(config)
-                resume.begin(run)
-            except ValueError as error:
-                return complain(error, 2)
-            run.interrupt = interrupt
-            results, students = execute(run)
-            if parallel.rank() == 0:
-                finish(run, results, students)
-            code = int(any(found["ended"] for found in run.guard.values()))
+            code = whole_run(config, interrupt)
     except resume.Finished as finished:
-        print(finished)
-        return 0
+        if parallel.rank() == 0:
+            print(finished)
+        code = finished.code
     except OSError as error:
         return complain(error, 2)
     except sdft.Diverged as error:
@@ -609,12 +600,34 @@ def main(argv=None):
     except (parallel.PeerLost, KeyboardInterrupt) as stopped:
         what = "interrupted" if isinstance(stopped, KeyboardInterrupt) else \
             "another process of this run has died"
-        return complain(f"{what}; {resume.how_to_go_on(config, run)}", 1)
-    finally:
-        if run:
-            resume.end(run, done=code is not None)
+        return complain(f"{what}; {resume.how_to_go_on(config.out)}", 1)
     parallel.stop()
     return code if parallel.rank() == 0 else 0  # torchrun ends the others when one has failed
+
+
+def whole_run(config, interrupt):
+    """Prepare, execute, finish; the exit code."""
+    try:
+        check_bounds(config)
+        if config.verify or config.dry_run:
+            import proof
+            return proof.verify(config.verify) if config.verify else proof.dry_run(config)
+        run = prepare(config)
+        resume.begin(run)
+    except ValueError as error:
+        return complain(error, 2)
+    run.interrupt, done = interrupt, False
+    try:
+        results, students = execute(run)
+        if parallel.rank() == 0:
+            finish(run, results, students)
+        done = True
+    except sdft.Diverged:
+        done = True  # to go on would be to diverge again
+        raise
+    finally:
+        resume.end(run, done)
+    return int(any(found["ended"] for found in run.guard.values()))
 
 
 def complain(error, code):

@@ -39,7 +39,7 @@ def test_a_full_disk_costs_what_does_not_fit_and_nothing_else(folder, tmp_path):
     assert "recovered fraction" in out.decode()  # the report
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["stages"]["recovered"]
-    assert b"a checkpoint could not be written" in err
+    assert b"no checkpoint could be written" in err
     left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     left -= {path.name for path in (tmp_path / "out" / "checkpoint").iterdir()}  # it is not done
     assert left <= {"results.json", "metrics.jsonl", "report.png", "config.json"}

@@ -144,6 +144,67 @@ def test_a_broken_checkpoint_is_said_in_one_line(damage, folders, tmp_path, monk
     assert run(*options, "--no-resume") == 0
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", "7", '{"saves": 9}', '{"saves": "x"}'])
+def test_a_broken_pointer_is_said_in_one_line(content, folders, tmp_path, capsys):
+    (tmp_path / "out" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint" / "latest.json").write_text(content)
+    assert run(tmp_path / "out", "--model", folders["llama"]) == 2
+    error = capsys.readouterr().err
+    assert "not a checkpoint of this project" in error and error.count("\n") == 1
+
+
+def test_other_weights_or_rows_are_another_run(folders, tmp_path, monkeypatch, capsys):
+    """Of the same paths."""
+    model, rows = make_folder(tmp_path / "model"), tmp_path / "tensor.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}?", "response": f"{i}"}) + "\n"
+                            for i in range(60)))
+    options = tmp_path / "out", "--model", model, "--data", rows
+    with monkeypatch.context() as dying:
+        dying.setattr(train, "teach", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*options)
+    make_folder(model, seed=8)
+    rows.write_text(rows.read_text().replace('"response": "7"', '"response": "8"'))
+    assert run(*options) == 2
+    error = capsys.readouterr().err
+    assert "other " in error and "inputs_sha256, model_sha256" in error
+    assert run(*options, "--no-resume") == 0
+
+
+def test_a_run_that_the_guard_ended_is_finished_with_its_code(folders, tmp_path):
+    options = tmp_path / "out", "--model", folders["llama"], "--lr", "1e9"
+    assert run(*options) == 1 and run(*options) == 1
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_counts_no_line_twice(folders, tmp_path,
+                                                                      monkeypatch, capsys):
+    options = tmp_path / "out", "--model", folders["llama"]
+    assert run(tmp_path / "whole", *options[1:]) == 0
+
+    def write(path, state, real=resume.write):
+        if path.name == "recovered.safetensors":
+            raise OSError(28, "No space left on device")
+        real(path, state)
+
+    def measure(*asked):
+        raise Died
+    with monkeypatch.context() as full, pytest.raises(Died):
+        full.setattr(resume, "write", write)
+        full.setattr(train, "results_of", measure)
+        run(*options)
+    assert "No space left" in capsys.readouterr().err
+    assert run(*options) == 0
+    assert left_by(tmp_path / "out") == left_by(tmp_path / "whole")
+
+
+def test_results_without_their_student_are_not_finished(folders, tmp_path):
+    options = tmp_path / "out", "--model", folders["llama"]
+    assert run(*options) == 0
+    (tmp_path / "out" / "student" / "model.safetensors").unlink()
+    assert run(*options) == 0
+    assert (tmp_path / "out" / "student" / "model.safetensors").exists()
+
+
 def test_a_state_comes_back_as_it_was(tmp_path):
     """Another reader of safetensors reads it, too."""
     state = {"a": torch.randn(3, 4), "b": [torch.arange(5), {"c": torch.tensor(1.5).bfloat16()}],

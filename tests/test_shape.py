@@ -66,7 +66,7 @@ def test_what_is_imported_within_functions():
     assert {module: names for module, names in found.items() if names} == {
         "model": [("from_pretrained", "checkpoint"), ("save_pretrained", "checkpoint")],
         "prepare": [("implementation", "fast")],
-        "tokenizer": [("load_tokenizer", "checkpoint")], "train": [("main", "proof")]}
+        "tokenizer": [("load_tokenizer", "checkpoint")], "train": [("whole_run", "proof")]}
 
 
 def test_no_file_imports_itself_by_way_of_others():

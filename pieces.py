@@ -32,6 +32,8 @@ MATCHED = {  # pre-tokenizers that split at a pattern: [(pattern, behavior, inve
     "WhitespaceSplit": lambda s: [(r"\s", "Removed", 0)],
     "CharDelimiterSplit": lambda s: [(regex.escape(s["delimiter"]), "Removed", 0)],
     "BertPreTokenizer": lambda s: [(r"\s", "Removed", 0), (PUNCTUATION, "Isolated", 0)]}
+SWITCHES = {"add_prefix_space", "use_regex", "trim_offsets", "invert", "individual_digits",
+            "strip_left", "strip_right"}  # true or false, wherever they stand
 
 
 # ---------------------------------------------------------------------------------- splitting

@@ -47,6 +47,7 @@ def write(source, messages, add_generation_prompt, tokens, folder):
                                 tools=None, documents=None, **tokens)
         if len(text) > LONGEST:
             raise OverflowError(f"more than {LONGEST} characters")
+        text.encode()  # half a surrogate pair is no character
         return text
 
     try:

@@ -200,6 +200,9 @@ def _read_parts(spec, where, folder, config, default, again):
     steps, pattern = pieces.pre_tokenizer(splitter, where)
     bpe = BPE(model, where, pattern)
     both = [*pieces.flat(normalizer, "normalizers"), *pieces.flat(splitter, "pretokenizers")]
+    for key, value in ((key, value) for part in both for key, value in part.items()):
+        if key in pieces.SWITCHES and type(value) is not bool:
+            raise ValueError(f"{where}: {key} must be true or false, not {value!r}")
     if not any(part.get("type") == "ByteLevel" for part in both):
         raise ValueError(f"{where}: only byte-level BPE tokenizers are supported, and neither the "
                          f"pre-tokenizer {splitter.get('type')} nor the normalizer is ByteLevel")
@@ -273,7 +276,7 @@ def _tokens_named(path):
             for token in tokens.values() if isinstance(tokens, dict) else tokens:
                 _token(token)
         for name in NAMES:
-            _token(said.get(name) or "")
+            _token("" if said.get(name) is None else said[name])
     return said
 
 
@@ -300,14 +303,14 @@ def _added_tokens(folder, config, tokens, default, again=False):
     names = {token["content"] for token in named}
     if "added_tokens_decoder" in config:
         by_id = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
-        later = [_token(token) for _, token in by_id]
+        later = [token for _, token in by_id]
     else:
-        later = [_token(token) for token in tokens if token["content"] in names]
+        later = [token for token in tokens if token["content"] in names]
         usual = [*filter(None, map(said.get, NAMES)), *(t for t in extra if isinstance(t, str))]
         later += _older_tokens(folder, tokens, usual)
     added = [*map(_token, tokens), *(_special_if(token, names) for token in later)]
     have = {token["content"] for token in added}
-    further = [*named, *(_special_if(_token(token), names) for token in extra)]
+    further = [*named, *(_special_if(token, names) for token in extra)]
     added += [token for token in further if token["content"] not in have]
     return added + [_token(token["content"]) for token in further if again]
 
@@ -324,14 +327,17 @@ def _older_tokens(folder, tokens, special):
             for i in sorted(by_id) if i not in have]
 
 
-def _special_if(token, names):
-    return token | {"special": token["special"] or token["content"] in names}
+def _special_if(said, names):
+    """An added token that is special if it says so, or has a name; unless it says so, one that is
+    special is not normalized."""
+    token = _token(said)
+    return _token(said, token["special"] or token["content"] in names)
 
 
 def _token(said, special=None):
     """One added token with all of pieces.FLAGS. One that is only a text is special."""
     token = {"content": said, "special": True} if isinstance(said, str) else dict(said)
-    token["special"] = bool(token.get("special") if special is None else special)
+    token["special"] = token.get("special", False) if special is None else special
     usual = dict.fromkeys(pieces.FLAGS, False) | {"normalized": not token["special"]}
     token = {"content": token["content"], **{f: token.get(f, usual[f]) for f in pieces.FLAGS}}
     if [type(value) for value in token.values()] != [str] + [bool] * len(pieces.FLAGS):

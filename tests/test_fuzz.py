@@ -342,7 +342,8 @@ def write_good(root):
     good = make_folder(root / LLAMA, **SIZES | {"context_length": 1024})
     (good / "chat_template.jinja").write_text(TEMPLATE)
     (good / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-    config = {"eos_token": "<|im_end|>", "bos_token": {"content": SPECIAL[0], "special": True},
+    config = {"eos_token": "<|im_end|>", "bos_token": {
+                  "__type": "AddedToken", "content": SPECIAL[0], "special": True},
               "added_tokens_decoder": {"0": {"content": SPECIAL[0], "special": True}},
               "extra_special_tokens": {}, "chat_template": [{"name": "default", "template": "x"}]}
     (good / "tokenizer_config.json").write_text(json.dumps(config))

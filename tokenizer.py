@@ -56,6 +56,13 @@ class Tokenizer:
             around = text[max(0, error.start - 20):error.start + 20]
             raise ValueError(f"a text holds half a surrogate pair, {text[error.start]!r}, which is "
                              f"no character: {around!r}") from None
+        try:
+            return self._ids(text)
+        except TimeoutError:
+            raise ValueError(f"{self.folder}: a pattern of its tokenizer does not come to an end "
+                             f"on a text of {len(text)} characters") from None
+
+    def _ids(self, text):
         ids = []
         for part, found in self.tokens.split(text, normalized=False):
             if found is not None:

@@ -5,6 +5,7 @@ with a few random changes, made from the number of the case alone. FUZZ=2000 pyt
 tests/test_fuzz.py is the long form; `python tests/test_fuzz.py KIND NUMBER FOLDER` leaves a case's
 files in a folder.
 """
+import ast
 import contextlib
 import copy
 import json
@@ -15,6 +16,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+import transformers
 from conftest import SPECIAL, make_folder
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
@@ -313,7 +316,7 @@ def write_gguf(path, good):
 def write_checkpoint(root, good):
     """What a run leaves that was broken off while it trained, and what one that ended leaves."""
     out = root / "out"
-    run = prepare.prepare(train.parse(shlex_of(good, out)))
+    run = prepare.prepare(train.parse(options(good, out)))
     run.checkpoint, run.identity = out / "checkpoint", resume.identity(run)
     run.checkpoint.mkdir(parents=True)
     parameters = [p for p in run.student.parameters() if p.requires_grad]
@@ -332,10 +335,10 @@ def write_checkpoint(root, good):
     (root / "done" / "results.json").write_text(json.dumps(results))
 
 
-def shlex_of(model, out):
+def options(model, out):
     return ["--model", str(model), "--out", str(out), "--eval-limit", "4", "--eval-tokens", "4",
             "--steps", "2", "--batch-size", "2", "--rollout-tokens", "4", "--cka-samples", "4",
-            "--group-size", "4", "--device", "cpu", "--context", "256"][:-2]
+            "--group-size", "4", "--device", "cpu"]
 
 
 def write_good(root):
@@ -421,6 +424,8 @@ def outcome(kind, number, good, folder):
             return f"not one line of text, of {len(said)} characters: {said[:300]!r}", said
         if str(folder) not in said:
             return f"it names no file: {said}", said
+        if re.search("MemoryError|memory|allocate", said) and "template" not in said:
+            return f"it takes more than {BYTES} bytes: {said}", said
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -448,10 +453,101 @@ def test_bad_input_is_one_line_or_read(kind, good, tmp_path, capsys):
         wrong += [f"{kind} {number}: {problem}"] if problem else []
         refused += bool(said)
         shutil.rmtree(tmp_path / str(number))
-    with capsys.disabled():
+    with capsys.disabled() if "FUZZ" in os.environ else contextlib.nullcontext():
         print(f"\n{kind}: {cases} cases, {refused} refused, {len(wrong)} wrong", end=" ")
     assert not wrong, "\n".join(wrong[:40])
     assert refused
+
+
+def test_the_files_that_all_begins_with_are_read(good):
+    for what, _, _, read in KINDS.values():
+        done = what.startswith("done")
+        with pytest.raises(resume.Finished) if done else contextlib.nullcontext():
+            read(good / what)
+
+
+def test_a_named_token_without_flags_is_found_as_transformers_finds_it(good, tmp_path):
+    """It is not normalized: that is so of special tokens, and one with a name is special."""
+    shutil.copytree(good / LLAMA, tmp_path / "model")
+    config = {"bos_token": SPECIAL[0], "eos_token": "x",
+              "tokenizer_class": "PreTrainedTokenizerFast",
+              "added_tokens_decoder": {"0": {"content": SPECIAL[0]}}}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    text = f"a{SPECIAL[0]}x b"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids
+    assert data.load_tokenizer(tmp_path / "model").encode(text) == theirs
+
+
+def test_a_pattern_that_tries_too_many_ways_is_one_line(good, tmp_path, monkeypatch):
+    monkeypatch.setattr("pieces.SECONDS", 0.1)
+    shutil.copytree(good / LLAMA, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Isolated",
+             "invert": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, spec["pre_tokenizer"]]}
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="model: a pattern of its tokenizer does not"):
+        data.load_tokenizer(tmp_path / "model").encode("a" * 40 + "!")
+
+
+RUNS = {  # a file of a good folder or run -> what it says instead
+    "llama/config.json": b"[" * DEEP, "llama/tokenizer.json": b'{"model": {"vocab": 3}}',
+    "llama/chat_template.jinja": b"{{ 'x' | center(10 ** 10) }}",
+    "llama/model.safetensors": b"\xff" * 99, "out/checkpoint/latest.json": b'{"saves": [1]}',
+    "out/checkpoint/1-0.safetensors": b"", "rows.jsonl": b'{"prompt": "a", "response": 1}'}
+
+
+@pytest.mark.parametrize("what", [*RUNS] if CASES > 200 else ["llama/config.json",
+                                                              "out/checkpoint/latest.json"])
+def test_a_process_ends_in_one_line_and_exit_code_2(what, good, tmp_path):
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    (tmp_path / what).write_bytes(RUNS[what])
+    command = options(tmp_path / LLAMA, tmp_path / "out")
+    command += ["--data", str(tmp_path / "rows.jsonl")] if what == "rows.jsonl" else []
+    done = subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert str(tmp_path / what) in line or what == "llama/chat_template.jinja"
+
+
+def calls_and_imports(path):
+    """What a file imports and calls, as it writes it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+            yield from (f"{keyword.arg}=" for keyword in node.keywords)
+
+
+def test_no_file_is_read_that_could_run_code():
+    """No pickle, by whatever name, and nothing that runs a text as Python."""
+    banned = re.compile(r"((c?P|p|cloudp)ickle|dill|marshal|shelve|joblib)\b.*|torch\.(load|save)"
+                        r"|(numpy|np)\.load|allow_pickle=|eval|exec|compile|os\.system|shell=")
+    for path in ROOT.glob("*.py"):
+        assert [name for name in calls_and_imports(path) if banned.fullmatch(name)] == []
+
+
+def test_a_template_reaches_nothing_of_pythons(good, tmp_path):
+    """Whatever it asks for, no file of this machine comes into the text, and none is written."""
+    (tmp_path / "secret").write_text("the secret")
+    shutil.copytree(good / LLAMA, tmp_path / "model")
+    names = "cycler lipsum namespace raise_exception self strftime_now joiner messages".split()
+    reach = [f"{name}{way}.__builtins__.open('{tmp_path}/secret').read()" for name in names
+             for way in (".__globals__", ".__init__.__globals__", "['__init__']['__globals__']")]
+    reach += [f"(messages | attr({name!r}))" for name in ("__class__", "append", "mro")]
+    for said in reach:
+        (tmp_path / "model" / "chat_template.jinja").write_text("{{ " + said + " }}!")
+        try:
+            tokenizer = data.load_tokenizer(tmp_path / "model")
+            text = tokenizer.decode(tokenizer.chat([{"role": "user", "content": "a"}]))
+        except ValueError as error:
+            text = str(error)
+        assert "the secret" not in text and "<class" not in text and "built-in" not in text, said
 
 
 if __name__ == "__main__":

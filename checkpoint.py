@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from files import in_file, one_line, read_json
+from files import in_file, one_line, read_json, read_text
 from model import ACTIVATIONS, GPT, GPTConfig, rope_frequencies
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -87,7 +87,7 @@ def _cached(repo, revision):
     """The folder of a model in the local cache; None unless it has its config.json and weights."""
     root = hub_cache() / f"models--{repo.replace('/', '--')}"
     ref = root / "refs" / revision
-    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    commit = read_text(ref).strip() if ref.is_file() else revision
     folder = root / "snapshots" / commit
     if not re.fullmatch(r"\w+", commit) or not (folder / "config.json").exists():
         return None

@@ -327,9 +327,10 @@ def _older_tokens(folder, tokens, special):
     contents; those that are `special` elsewhere are special."""
     have = {token.get("id") for token in tokens}
     special = [token["content"] if isinstance(token, dict) else token for token in special]
-    by_id = {i: token for token, i in _json(folder / "added_tokens.json", {}).items()}
-    if not all(type(i) is int for i in by_id):
+    ids = _json(folder / "added_tokens.json", {})
+    if not all(type(i) is int for i in ids.values()):
         raise ValueError(f"{folder}/added_tokens.json: an id is not a whole number")
+    by_id = {i: token for token, i in ids.items()}
     return [_token({"content": by_id[i], "special": by_id[i] in special})
             for i in sorted(by_id) if i not in have]
 

@@ -185,8 +185,8 @@ def _check(model, where):
     if model.get("dropout"):
         raise ValueError(f"{where}: a BPE with dropout {model['dropout']} gives other ids each "
                          "time; set it to null")
-    if not all(isinstance(i, int) for i in model["vocab"].values()):
-        raise ValueError(f"{where}: the vocab's ids are not numbers")
+    if not all(type(i) is int and 0 <= i < 2 ** 31 for i in model["vocab"].values()):
+        raise ValueError(f"{where}: the vocab's ids are not numbers from 0")
     if len(set(model["vocab"].values())) < len(model["vocab"]):
         raise ValueError(f"{where}: the vocab gives two tokens the same id")
 

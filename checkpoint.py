@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from files import in_file, one_line, read_json, read_text
 from model import ACTIVATIONS, GPT, GPTConfig, rope_frequencies
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -86,7 +87,7 @@ def _cached(repo, revision):
     """The folder of a model in the local cache; None unless it has its config.json and weights."""
     root = hub_cache() / f"models--{repo.replace('/', '--')}"
     ref = root / "refs" / revision
-    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    commit = read_text(ref).strip() if ref.is_file() else revision
     folder = root / "snapshots" / commit
     if not re.fullmatch(r"\w+", commit) or not (folder / "config.json").exists():
         return None
@@ -421,6 +422,7 @@ def tensor_name(config, name):
     return "transformer." + ".".join(theirs), part, transposed
 
 
+@one_line
 def read_model(path, dtype=torch.float32, device="cpu"):
     """The GPT of a GGUF file, or of a folder: config.json and *.safetensors, one file or several
     with an index.
@@ -461,12 +463,8 @@ def read_config(folder):
     if folder.is_dir():
         check_folder(folder)
     path = existing(folder / "config.json")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-        require(isinstance(hf, dict), "not a JSON object")
-        return config_of(hf)
-    except (ValueError, TypeError) as error:  # a TypeError of a list in place of a word
-        raise ValueError(f"{path}: {error}") from None
+    with in_file(path):
+        return config_of(read_json(path))
 
 
 def read_tensors(folder):
@@ -499,7 +497,7 @@ def _shards(index):
     """The names of the files that an index names, all in its own folder."""
     check_file(index)
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         require(names, "it names no file")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index}: not an index of safetensors files ({error})") from None

@@ -14,6 +14,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from files import one_line
 from rows import is_data, is_rows, read_prose, read_rows, same_answer, same_json
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -275,6 +276,7 @@ def python_text():
 TASKS = {"science": science, "tooluse": tooluse, "text": python_text}
 
 
+@one_line
 def load_task(name, measured_only=False):
     """A Task by its name in TASKS, or from a file: rows (.jsonl, .json), or text to continue.
 

@@ -23,6 +23,7 @@ QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 COVERING = QWEN2_PATTERN, LLAMA3_PATTERN  # no character is left out; tiktoken reads them as is
 
+SECONDS = 5  # that one match may take
 PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"
 BYTES = dict(enumerate(bytes_to_unicode()))
 MATCHED = {  # pre-tokenizers that split at a pattern: [(pattern, behavior, invert), …]
@@ -32,14 +33,17 @@ MATCHED = {  # pre-tokenizers that split at a pattern: [(pattern, behavior, inve
     "WhitespaceSplit": lambda s: [(r"\s", "Removed", 0)],
     "CharDelimiterSplit": lambda s: [(regex.escape(s["delimiter"]), "Removed", 0)],
     "BertPreTokenizer": lambda s: [(r"\s", "Removed", 0), (PUNCTUATION, "Isolated", 0)]}
+SWITCHES = {"add_prefix_space", "use_regex", "trim_offsets", "invert", "individual_digits",
+            "strip_left", "strip_right"}  # true or false, wherever they stand
 
 
 # ---------------------------------------------------------------------------------- splitting
 
 def matches(pattern, text):
-    """The (start, end) of a pattern's matches; an empty one right after another does not count."""
+    """The (start, end) of a pattern's matches; an empty one right after another does not count.
+    TimeoutError for a pattern that tries too many ways, as (a|a)*$ does."""
     at, last = 0, None
-    while at <= len(text) and (match := pattern.search(text, at)):
+    while at <= len(text) and (match := pattern.search(text, at, timeout=SECONDS)):
         start, end = match.span()
         if start == end == last:
             at += 1

@@ -8,6 +8,7 @@ is not in it is computed again, to the last bit: what was read, the damage, the 
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 import evaluate
 import parallel
+from files import FORMS, printable, read_json
 from model import frozen_copy
 
 LASTING = "asked", "guard", "lines", "seconds", "shown"  # what of a Run is in a checkpoint as it is
@@ -39,11 +41,13 @@ def write(path, state):
     else as JSON in the file's metadata."""
     tensors, part = {}, path.with_suffix(".part")
     text = json.dumps(_taken_apart(state, tensors))
-    header, end = {"__metadata__": {"state": text}}, 0
+    header, end = {}, 0
     for name, t in tensors.items():
         begin, end = end, end + t.numel() * t.element_size()
         header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape),
                         "data_offsets": [begin, end]}
+    forms = {name: (h["dtype"], h["shape"]) for name, h in header.items()}
+    header["__metadata__"] = {"state": text, "sha256": _sha256(text, forms)}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     try:
@@ -58,22 +62,31 @@ def write(path, state):
         part.unlink(missing_ok=True)
 
 
-class Unreadable(OSError):
-    """A checkpoint that is broken, or of another version."""
+class Broken(OSError, ValueError):
+    """What is no checkpoint of this project, or has changed since it was written."""
 
     def __init__(self, path, why):
-        super().__init__(f"{path}: not a checkpoint of this project ({why}); --no-resume starts "
-                         "anew")
+        super().__init__(f"{path}: not a checkpoint of this project ({printable(str(why))}); "
+                         "--no-resume starts anew")
 
 
 def read(path):
-    """What `write` wrote; Unreadable for any other file."""
+    """What `write` wrote; Broken for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            return _put_together(state, file.get_tensor)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise Unreadable(path, error) from None
+            said, parts = file.metadata(), {name: file.get_slice(name) for name in file.keys()}
+            forms = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+            if said["sha256"] != _sha256(said["state"], forms):
+                raise ValueError("it has changed since it was written")
+            return _put_together(json.loads(said["state"]), file.get_tensor)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise Broken(path, error) from None
+
+
+def _sha256(text, forms):
+    """Of a state without its tensors' values; forms: {name: (dtype, shape)} of these."""
+    whole = text + json.dumps(forms, sort_keys=True)
+    return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _taken_apart(x, tensors):
@@ -133,19 +146,8 @@ def go_on(run, out):
     if not (run.checkpoint / LATEST).exists():
         check_finished(run, out)
         return
-    try:
-        run.saves = int(json.loads((run.checkpoint / LATEST).read_text())["saves"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise Unreadable(run.checkpoint / LATEST, repr(error)) from None
-    state = read(file_of(run, run.saves))
-    try:
-        take(run, state, out)
-    except (AttributeError, KeyError, TypeError) as error:  # of another version
-        raise Unreadable(run.checkpoint, repr(error)) from None
-
-
-def take(run, state, out):
-    """Give a run what an earlier process of it knew."""
+    run.saves = _saves(run.checkpoint / LATEST)
+    state = _whole(file_of(run, run.saves))
     differ = [name for name in sorted(state["identity"].keys() | run.identity.keys())
               if state["identity"].get(name) != run.identity.get(name)]
     if differ:
@@ -159,6 +161,33 @@ def take(run, state, out):
     run.lines = [line for line in run.lines if line["stage"] in known]
     run.seconds = {name: spent for name, spent in run.seconds.items()
                    if name.removesuffix(" training") in known or not name.endswith(" training")}
+
+
+def _saves(latest):
+    """The number of the checkpoint that latest.json names."""
+    try:
+        saves = read_json(latest).get("saves")
+    except ValueError as error:
+        raise Broken(latest, error) from None
+    if type(saves) is not int or saves < 1:
+        raise Broken(latest, "it names no checkpoint")
+    return saves
+
+
+FORM = {"identity": dict, "asked": dict, "guard": dict, "lines": list, "seconds": dict,
+        "shown": dict, "stages": dict, "trained": list, "training": dict | None}
+
+
+def _whole(path):
+    """The state of a run in a file; Broken if it is that of something else."""
+    state = read(path)
+    wrong = [name for name, form in FORM.items()
+             if not isinstance(state, dict) or not isinstance(state.get(name, ...), form)]
+    fields = {field.name for field in dataclasses.fields(evaluate.Measurement)}
+    if wrong or not all(isinstance(m, dict) and m.keys() == fields
+                        for m in state["stages"].values()):
+        raise Broken(path, f"it is not the state of a run: {', '.join(wrong) or 'stages'}")
+    return state
 
 
 def check_finished(run, out):
@@ -305,8 +334,13 @@ def keep(run, stage, student):
 
 def kept(run, student, stage):
     """The student that `keep` saved, from one of its shape, which is not yet trained."""
-    weights = read(run.checkpoint / f"{stage}.safetensors")["weights"]
-    plain = frozen_copy(student, torch.float32)
+    path = run.checkpoint / f"{stage}.safetensors"
+    weights, plain = read(path), frozen_copy(student, torch.float32)
+    shapes = {name: w.shape for name, w in plain.state_dict().items()}
+    weights = weights.get("weights") if isinstance(weights, dict) else None
+    if not isinstance(weights, dict) or shapes != {k: getattr(w, "shape", 0)
+                                                   for k, w in weights.items()}:
+        raise Broken(path, "it is not this student")
     plain.load_state_dict({name: w.to(plain.device) for name, w in weights.items()}, assign=True)
     return plain.requires_grad_(False)
 

@@ -10,6 +10,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from files import printable
+
 ROWS = ".jsonl", ".ndjson", ".json"  # files of rows: one a line, or an array
 TABLE = 'convert it: pandas.{}.to_json("rows.jsonl", orient="records", lines=True)'
 UNPACK = "unpack it first"
@@ -117,15 +119,9 @@ def read_rows(path):
         try:
             own, arguments = _read(row)
         except ValueError as error:
-            raise ValueError(f"{where}: {_printable(str(error))}") from None
+            raise ValueError(f"{where}: {printable(str(error))}") from None
         found.setdefault(json.dumps(own, sort_keys=True), arguments | {"where": where})
     return list(found.values())
-
-
-def _printable(text):
-    """The text on one line, whatever keys and values it names."""
-    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
-                  lambda found: ascii(found[0])[1:-1], text)
 
 
 def _located(path, text):

@@ -1,18 +1,23 @@
 """A chat as a model's own template writes it: Jinja, rendered as transformers 5.23 renders it.
 
 A template is a program that comes with a model. In Jinja's sandbox it cannot reach Python, and here
-it cannot run on for ever. `write` is what the tokenizer calls.
+it can neither run on for ever nor fill the memory. `write` is what the tokenizer calls.
 """
 import contextlib
 import functools
 import itertools
 import json
+import resource
 import sys
+import time
 from datetime import datetime
+from pathlib import Path
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from files import printable, read_text
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
@@ -25,7 +30,8 @@ TRANSCRIPT = """{% for m in messages %}{% if m.role == "system" %}{{ m.content }
 
 {% endif %}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"""
 
-STEPS, LONGEST = 1_000_000, 10_000_000  # lines of Python and characters that a chat may take
+# What a chat may take: lines of Python, seconds, characters, bytes of memory.
+STEPS, SECONDS, LONGEST, MEMORY = 1_000_000, 3, 10_000_000, 1 << 28
 
 
 def write(source, messages, add_generation_prompt, tokens, folder):
@@ -36,11 +42,12 @@ def write(source, messages, add_generation_prompt, tokens, folder):
     """
     def rendered(messages):
         jinja = compiled(source)
-        with at_most(STEPS):
+        with within(MEMORY), at_most(STEPS):
             text = jinja.render(messages=messages, add_generation_prompt=add_generation_prompt,
                                 tools=None, documents=None, **tokens)
         if len(text) > LONGEST:
             raise OverflowError(f"more than {LONGEST} characters")
+        text.encode()  # half a surrogate pair is no character
         return text
 
     try:
@@ -50,7 +57,7 @@ def write(source, messages, add_generation_prompt, tokens, folder):
             if [m["role"] for m in messages[:2]] == ["system", "user"]:
                 joined = "\n\n".join(m["content"] for m in messages[:2])
                 return rendered([{"role": "user", "content": joined}, *messages[2:]])
-        said = " ".join(str(error).split())[:300] or type(error).__name__
+        said = printable(" ".join(str(error).split()))[:300] or type(error).__name__
         raise ValueError(f"{folder}: its chat template fails on this chat: {said}") from None
 
 
@@ -88,7 +95,8 @@ class Generation(Extension):
 def compiled(source):
     """A template's text as a Jinja template, with what transformers lets a template use.
 
-    What a template takes for now is the time of its compilation: a run has one date.
+    What a template takes for now is the time of its compilation: a run has one date. Nothing of it
+    is computed here, not even what is constant (`optimized`; for outputs, `finalize`).
     """
     def raise_exception(message):
         raise TemplateError(message)
@@ -99,7 +107,8 @@ def compiled(source):
 
     now = datetime.now()
     jinja = Sandbox(trim_blocks=True, lstrip_blocks=True,
-                    extensions=[Generation, LoopControlExtension])
+                    extensions=[Generation, LoopControlExtension],
+                    optimized=False, finalize=pass_context(lambda _, value: value))
     jinja.filters["tojson"] = tojson
     jinja.globals |= {"raise_exception": raise_exception,
                       "strftime_now": lambda form: now.strftime(form)}
@@ -107,13 +116,32 @@ def compiled(source):
 
 
 @contextlib.contextmanager
+def within(memory):
+    """MemoryError where the body would take so many bytes more; on Linux alone, which says how many
+    there are."""
+    said, (soft, hard) = Path("/proc/self/statm"), resource.getrlimit(resource.RLIMIT_AS)
+    if said.exists():
+        have = int(said.read_text().split()[0]) * resource.getpagesize()
+        limits = [n for n in (have + memory, soft, hard) if n != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextlib.contextmanager
 def at_most(steps):
-    """OverflowError once the body's calls have run so many lines: loops in loops need not end."""
+    """OverflowError once the body's calls have run so many lines, or for SECONDS of this thread's
+    time: loops in loops need not end."""
     left, before = itertools.count(steps, -1), sys.gettrace()
+    until = time.thread_time() + SECONDS
 
     def trace(frame, event, arg):
         if next(left) < 0:
             raise OverflowError(f"it runs for more than {steps} steps")
+        if time.thread_time() > until:
+            raise OverflowError(f"it runs for more than {SECONDS} seconds")
         return trace
 
     sys.settrace(trace)
@@ -130,7 +158,8 @@ def chat_template(folder, config):
     several, by name, it is the one named default. ValueError for what is not a template.
     """
     found = config.get("chat_template") or {}
-    if isinstance(found, list) and all(isinstance(t, dict) for t in found):
+    if isinstance(found, list) and all(isinstance(t, dict) and isinstance(t.get("name"), str)
+                                       for t in found):
         found = {t.get("name"): t.get("template") for t in found}
     found = {"default": found} if isinstance(found, str) else found
     if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
@@ -140,18 +169,11 @@ def chat_template(folder, config):
     files = [("default", file)] if file.exists() else []
     files += [(path.name.removesuffix(".jinja"), path) for path in further.glob("*.jinja")]
     if files:
-        found = {name: _text(path) for name, path in files}
+        found = {name: read_text(path) for name, path in files}
     if found and "default" not in found:
         raise ValueError(f"{folder}: none of its chat templates ({', '.join(map(str, found))}) is "
                          "named default")
     return found.get("default", "")
-
-
-def _text(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
 
 
 def special_tokens(config):

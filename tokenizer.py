@@ -4,12 +4,12 @@ It turns text into ids and back, and a chat into the ids of a prompt. What the f
 as Hugging Face's tokenizers does it, or refused by name: pieces.py splits a text, bpe.py merges.
 """
 import functools
-import json
 from pathlib import Path
 
 import pieces
 import template
 from bpe import BPE, bytes_to_unicode, to_bytes
+from files import in_file, one_line, read_json, read_text
 from pieces import GPT2_PATTERN, QWEN2_PATTERN
 
 __all__ = ["GPT2_PATTERN", "QWEN2_PATTERN", "bytes_to_unicode"]  # callers find them here too
@@ -56,6 +56,13 @@ class Tokenizer:
             around = text[max(0, error.start - 20):error.start + 20]
             raise ValueError(f"a text holds half a surrogate pair, {text[error.start]!r}, which is "
                              f"no character: {around!r}") from None
+        try:
+            return self._ids(text)
+        except TimeoutError:
+            raise ValueError(f"{self.folder}: a pattern of its tokenizer does not come to an end "
+                             f"on a text of {len(text)} characters") from None
+
+    def _ids(self, text):
         ids = []
         for part, found in self.tokens.split(text, normalized=False):
             if found is not None:
@@ -147,6 +154,7 @@ class Tokenizer:
         return self.decode(self.encode(before)).strip() if word else ""
 
 
+@one_line
 def load_tokenizer(folder):
     """The Tokenizer of a Hugging Face folder (tokenizer.json, or vocab.json with merges.txt), or of
     a GGUF file.
@@ -157,10 +165,12 @@ def load_tokenizer(folder):
     folder = Path(folder)
     if folder.is_file():
         with tokenizer_folder(folder) as unpacked:
-            return load_tokenizer(unpacked)
+            tokenizer = load_tokenizer(unpacked)
+        tokenizer.folder = folder
+        return tokenizer
     if folder.is_dir():
         check_folder(folder)
-    config = _json(folder / "tokenizer_config.json", {})
+    config = _tokens_named(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
         parts = _parts(_json(folder / "tokenizer.json"), f"{folder}/tokenizer.json", folder, config)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -169,7 +179,7 @@ def load_tokenizer(folder):
         wanted = "no tokenizer.json, and no vocab.json with merges.txt"
         raise FileNotFoundError(f"{wanted}, in {folder}")
     if "added_tokens_decoder" not in config:  # else transformers, too, leaves this file alone
-        config |= _json(folder / "special_tokens_map.json", {})
+        config |= _tokens_named(folder / "special_tokens_map.json")
     named = template.special_tokens(config)
     eos = named.get("eos_token") or _usual_end(parts["added"])
     tokenizer = Tokenizer(**parts, eos=eos, chat_template=template.chat_template(folder, config))
@@ -180,16 +190,14 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder}: the end-of-text token {eos!r} is not in the vocabulary")
     tokenizer.eos_ids = tuple(dict.fromkeys([tokenizer.eos_id, *ends]))
     tokenizer.special_tokens, tokenizer.folder = named, folder
+    tokenizer.encode_text("A word, 1.")  # what each step needs is there
     return tokenizer
 
 
 def _parts(spec, where, folder, config, default=None, again=False):
     """The Tokenizer's arguments in what a tokenizer.json says; ValueError for another form."""
-    try:
+    with in_file(where):
         return _read_parts(spec, where, folder, config, default or {}, again)
-    except (AttributeError, KeyError, TypeError) as error:
-        said = f"{type(error).__name__}: {error}"
-    raise ValueError(f"{where}: a part is missing or of another form ({said})")
 
 
 def _read_parts(spec, where, folder, config, default, again):
@@ -199,6 +207,9 @@ def _read_parts(spec, where, folder, config, default, again):
     steps, pattern = pieces.pre_tokenizer(splitter, where)
     bpe = BPE(model, where, pattern)
     both = [*pieces.flat(normalizer, "normalizers"), *pieces.flat(splitter, "pretokenizers")]
+    for key, value in ((key, value) for part in both for key, value in part.items()):
+        if key in pieces.SWITCHES and type(value) is not bool:
+            raise ValueError(f"{where}: {key} must be true or false, not {value!r}")
     if not any(part.get("type") == "ByteLevel" for part in both):
         raise ValueError(f"{where}: only byte-level BPE tokenizers are supported, and neither the "
                          f"pre-tokenizer {splitter.get('type')} nor the normalizer is ByteLevel")
@@ -256,7 +267,24 @@ def _between(spec, where):
 def _said(folder, config, default):
     """tokenizer_config.json, with an older folder's special_tokens_map.json."""
     older = "added_tokens_decoder" not in config
-    return default | config | (_json(folder / "special_tokens_map.json", {}) if older else {})
+    return default | config | (_tokens_named(folder / "special_tokens_map.json") if older else {})
+
+
+def _tokens_named(path):
+    """tokenizer_config.json or special_tokens_map.json, {} if it is not there; ValueError where it
+    names a token in another form."""
+    said = _json(path, {})
+    with in_file(path):
+        extra = "extra_special_tokens", "additional_special_tokens"
+        lists = [said.get(key) or [] for key in extra]
+        by_id = said.get("added_tokens_decoder", {})
+        lists.append([by_id[key] for key in sorted(by_id, key=int)])
+        for tokens in lists:
+            for token in tokens.values() if isinstance(tokens, dict) else tokens:
+                _token(token)
+        for name in NAMES:
+            _token("" if said.get(name) is None else said[name])
+    return said
 
 
 NAMES = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
@@ -282,14 +310,14 @@ def _added_tokens(folder, config, tokens, default, again=False):
     names = {token["content"] for token in named}
     if "added_tokens_decoder" in config:
         by_id = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
-        later = [_token(token) for _, token in by_id]
+        later = [token for _, token in by_id]
     else:
-        later = [_token(token) for token in tokens if token["content"] in names]
+        later = [token for token in tokens if token["content"] in names]
         usual = [*filter(None, map(said.get, NAMES)), *(t for t in extra if isinstance(t, str))]
         later += _older_tokens(folder, tokens, usual)
     added = [*map(_token, tokens), *(_special_if(token, names) for token in later)]
     have = {token["content"] for token in added}
-    further = [*named, *(_special_if(_token(token), names) for token in extra)]
+    further = [*named, *(_special_if(token, names) for token in extra)]
     added += [token for token in further if token["content"] not in have]
     return added + [_token(token["content"]) for token in further if again]
 
@@ -299,30 +327,39 @@ def _older_tokens(folder, tokens, special):
     contents; those that are `special` elsewhere are special."""
     have = {token.get("id") for token in tokens}
     special = [token["content"] if isinstance(token, dict) else token for token in special]
-    by_id = {i: token for token, i in _json(folder / "added_tokens.json", {}).items()}
+    ids = _json(folder / "added_tokens.json", {})
+    if not all(type(i) is int for i in ids.values()):
+        raise ValueError(f"{folder}/added_tokens.json: an id is not a whole number")
+    by_id = {i: token for token, i in ids.items()}
     return [_token({"content": by_id[i], "special": by_id[i] in special})
             for i in sorted(by_id) if i not in have]
 
 
-def _special_if(token, names):
-    return token | {"special": token["special"] or token["content"] in names}
+def _special_if(said, names):
+    """An added token that is special if it says so, or has a name; unless it says so, one that is
+    special is not normalized."""
+    token = _token(said)
+    return _token(said, token["special"] or token["content"] in names)
 
 
 def _token(said, special=None):
     """One added token with all of pieces.FLAGS. One that is only a text is special."""
     token = {"content": said, "special": True} if isinstance(said, str) else dict(said)
-    token["special"] = bool(token.get("special") if special is None else special)
+    token["special"] = token.get("special", False) if special is None else special
     usual = dict.fromkeys(pieces.FLAGS, False) | {"normalized": not token["special"]}
-    return {"content": token["content"], **{f: token.get(f, usual[f]) for f in pieces.FLAGS}}
+    token = {"content": token["content"], **{f: token.get(f, usual[f]) for f in pieces.FLAGS}}
+    if [type(value) for value in token.values()] != [str] + [bool] * len(pieces.FLAGS):
+        raise ValueError(f"a token must have a text as content, and flags true or false: {token}")
+    return token
 
 
 def _vocab_and_merges(folder, config):
     """The Tokenizer's arguments in vocab.json and merges.txt, the older form (GPT-2, Qwen2)."""
     vocab = _json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = read_text(folder / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     model_type = _json(folder / "config.json", {}).get("model_type", "gpt2")
-    kind = (config.get("tokenizer_class") or model_type).removesuffix("Fast")
+    kind = str(config.get("tokenizer_class") or model_type).removesuffix("Fast")
     qwen = kind in ("Qwen2Tokenizer", "qwen2", "qwen3")
     if not qwen and kind not in ("GPT2Tokenizer", "gpt2"):
         raise ValueError(f"{folder}: how {kind} splits a text stands in a tokenizer.json, which is "
@@ -370,16 +407,5 @@ def _end_ids(folder, size):
 
 
 def _json(path, default=None):
-    """A JSON file's object; `default` if it is given and the file is missing.
-
-    ValueError for a file of anything else.
-    """
-    if default is not None and not path.exists():
-        return default
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
+    """A JSON file's object; `default` if it is given and the file is missing."""
+    return default if default is not None and not path.exists() else read_json(path)

@@ -19,9 +19,9 @@ SEVEN = "sdft", "model", "quant", "prune", "cka", "data", "train"
 
 IMPORTS = {  # of ours, at the top of each of the files that are the paper, and of some others
     "sdft": {"cka"}, "model": set(), "quant": set(), "prune": {"quant"}, "cka": set(),
-    "data": {"rows", "tokenizer"}, "rows": set(), "template": set(), "bpe": set(),
-    "tokenizer": {"bpe", "pieces", "template"}, "pieces": {"bpe"},
-    "checkpoint": {"model"},
+    "data": {"files", "rows", "tokenizer"}, "rows": {"files"}, "template": {"files"},
+    "tokenizer": {"bpe", "files", "pieces", "template"}, "pieces": {"bpe"}, "bpe": set(),
+    "files": set(), "checkpoint": {"files", "model"},
     "fast": {"model", "sdft"},
     "evaluate": {"cka", "data", "parallel"}, "damage": {"parallel", "prune", "quant"},
     "guard": {"cka", "evaluate", "parallel", "sdft"}}

@@ -68,13 +68,14 @@ def read(path):
 
 
 def _taken_apart(x, tensors):
-    """x without its tensors, each of which leaves its name in `tensors`."""
+    """x without its tensors, each of which leaves its name in `tensors`, as {"tensor": name}; a
+    dictionary, whatever its keys, is {"dict": it}."""
     if isinstance(x, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = (x.to_local() if isinstance(x, DTensor) else x).detach()
         return {"tensor": name}
     if isinstance(x, dict):
-        return {key: _taken_apart(value, tensors) for key, value in x.items()}
+        return {"dict": {key: _taken_apart(value, tensors) for key, value in x.items()}}
     if isinstance(x, (list, tuple)):
         return [_taken_apart(value, tensors) for value in x]
     return x
@@ -83,9 +84,9 @@ def _taken_apart(x, tensors):
 def _put_together(x, tensor):
     """The inverse; tensor(name) is one of them."""
     if isinstance(x, dict):
-        if x.keys() == {"tensor"}:
+        if "tensor" in x:
             return tensor(x["tensor"])
-        return {key: _put_together(value, tensor) for key, value in x.items()}
+        return {key: _put_together(value, tensor) for key, value in x["dict"].items()}
     return [_put_together(value, tensor) for value in x] if isinstance(x, list) else x
 
 

@@ -69,9 +69,17 @@ def float64_where_the_model_is():
 
 numbers = st.one_of(st.floats(-4, 4, width=32), st.floats(-2.0 ** 100, 2.0 ** 100, width=32),
                     st.sampled_from([0.0, -0.0, 0.25, 0.5, -1.5, 2.5, 3.5, -5.0, 6.0, 7.0, -8.0]))
-weights = st.integers(1, 3).flatmap(
-    lambda rows: st.lists(numbers, min_size=32 * rows, max_size=32 * rows).map(
-        lambda values: torch.tensor(values).view(rows, 32)))
+SIGNS = {"any": torch.clone, "none": torch.abs, "all": lambda w: -w.abs()}
+
+
+@st.composite
+def weights(draw):
+    """[1 to 3, 32], in each row of any sign or all of one."""
+    signs = draw(st.lists(st.sampled_from(list(SIGNS)), min_size=1, max_size=3))
+    values = st.lists(numbers, min_size=32, max_size=32)
+    return torch.stack([SIGNS[sign](torch.tensor(draw(values))) for sign in signs])
+
+
 integers = st.fixed_dictionaries({"bits": st.integers(2, 8), "symmetric": st.booleans(),
                                   "group_size": st.sampled_from([None, 4, 16])})
 GRIDS = {"nf4": fake_nf4, "nf4 double": partial(fake_nf4, double=True), "mxfp4": fake_mxfp4,
@@ -86,7 +94,7 @@ def in_groups(w, size):
 
 
 @examples(6)
-@given(weights, integers)
+@given(weights(), integers)
 def test_an_integer_grid_errs_by_half_a_step_at_most(w, how):
     groups, high = in_groups(w, how["group_size"]), 2 ** how["bits"] - 1
     error = (in_groups(fake_quantize(w, **how), how["group_size"]) - groups).abs()
@@ -98,7 +106,7 @@ def test_an_integer_grid_errs_by_half_a_step_at_most(w, how):
 
 
 @examples(6)
-@given(weights, integers)
+@given(weights(), integers)
 def test_an_integer_grid_leaves_what_lies_on_it_but_for_the_scales_last_digits(w, how):
     """The codes are the same again. An asymmetric grid whose two ends are both ties is not reached
     at one of them: w_hat has a smaller range, and a grid of its own."""
@@ -115,7 +123,7 @@ def test_an_integer_grid_leaves_what_lies_on_it_but_for_the_scales_last_digits(w
 
 
 @examples(6)
-@given(weights)
+@given(weights())
 def test_nf4_takes_the_nearest_of_its_values_and_leaves_what_lies_on_it(w):
     blocks = nn.functional.pad(w.double().flatten(), (0, -w.numel() % 64)).view(-1, 64)
     absmax = blocks.abs().amax(1)[:, None]
@@ -128,7 +136,7 @@ def test_nf4_takes_the_nearest_of_its_values_and_leaves_what_lies_on_it(w):
 
 
 @examples(6)
-@given(weights)
+@given(weights())
 def test_mxfp4_errs_by_a_quarter_of_a_weight_or_of_its_scale_and_leaves_what_lies_on_it(w):
     """Of 8 X, which is clipped to 6 X, it is a quarter of the weight; below X/2 half a step."""
     blocks = in_groups(w, FP4_BLOCK["mxfp4"])
@@ -139,7 +147,7 @@ def test_mxfp4_errs_by_a_quarter_of_a_weight_or_of_its_scale_and_leaves_what_lie
 
 
 @examples(6)
-@given(weights)
+@given(weights())
 def test_nvfp4_errs_by_a_fifth_of_a_weight_or_a_quarter_of_its_scale(w):
     """Of 5 s, which becomes 4 s, it is a fifth. s is amax / 6, rounded by a sixteenth, and at least
     2^-6 of the tensor's. On the grid a weight stays, but for the last digits of the tensor's scale.
@@ -155,7 +163,7 @@ def test_nvfp4_errs_by_a_fifth_of_a_weight_or_a_quarter_of_its_scale(w):
 
 
 @examples(6)
-@given(weights, grids)
+@given(weights(), grids)
 def test_zero_stays_zero_on_every_grid(w, grid):
     assert (grid(w)[w == 0] == 0).all() and grid(w).isfinite().all()
     assert (grid(torch.zeros_like(w)) == 0).all()
@@ -166,7 +174,7 @@ MASKS = {"magnitude": dict(method="magnitude", sparsity=0.4),
 
 
 @examples(2)
-@given(weights, st.sampled_from(list(MASKS.values())), seeds, st.booleans(),
+@given(weights(), st.sampled_from(list(MASKS.values())), seeds, st.booleans(),
        st.sampled_from(["int2", "int3", "int4", "int8", "nf4", "mxfp4", "nvfp4"]))
 def test_what_is_pruned_and_then_quantized_keeps_its_zeros(w, mask, seed, symmetric, scheme):
     """Also after steps of an optimizer that remembers gradients from before, and baked."""

@@ -310,7 +310,7 @@ def _rope(hf, context, width):
         return theta, {}
     if kind == "longrope":
         return theta, _one_factor_a_pair(scaling, width)
-    numbers = {key: _number(scaling, key, None) for key in ROPE[kind]}
+    numbers = {key: _number(scaling, key, None) for key in scaling if key in ROPE[kind]}
     if kind == "llama3":
         numbers["original_max_position_embeddings"] = _number(
             scaling, "original_max_position_embeddings", context)

@@ -121,7 +121,7 @@ def hidden_states(model, sequences, last=False, done=None):
     A sequence is a prompt and its ground truth, less the first token: its huge norm would decide
     every similarity. last: the last token only. done(n): called with how many were just read.
     """
-    states = [None] * len(sequences)
+    states: list = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
     for batch in (order[start:start + 8] for start in range(0, len(order), 8)):
         rows = [torch.tensor(sequences[i]) for i in batch]
@@ -142,8 +142,8 @@ def token_level(a, b):
     pairs = [(x, y) for x, y in zip(a, b) if x.size(1) >= 4]  # the debiased estimator needs 4
     if not pairs:
         raise ValueError("token-level CKA needs a sequence of at least 5 tokens")
-    total = sum(torch.stack(list(_all_kinds(x, y).values())) for x, y in pairs) / len(pairs)
-    return dict(zip(KINDS, total.tolist()))
+    each = (torch.stack(list(_all_kinds(x, y).values())) for x, y in pairs)
+    return dict(zip(KINDS, (sum(each, torch.zeros(())) / len(pairs)).tolist()))
 
 
 def sample_level(a, b):

@@ -216,7 +216,8 @@ THINGS = "milk bread coffee rice apples batteries soap paper candles honey tea s
 DAYS = ["today", "tomorrow", "Saturday", "Sunday"]
 TEXTS = ["I am late", "call me back", "happy birthday", "dinner is ready"]
 FROM, TO = ["USD", "EUR", "JPY"], ["GBP", "CHF", "INR"]
-TOOLS = {  # name -> (arguments with their possible values, requests); the last request is held out
+# name -> (arguments with their possible values, requests); the last request is held out
+TOOLS: dict[str, tuple[dict, tuple]] = {
     "get_weather": ({"city": CITIES, "day": DAYS}, (
         "What will the weather be like in {city} {day}?", "Check the {day} forecast for {city}.",
         "Do I need an umbrella in {city} {day}?")),
@@ -251,9 +252,10 @@ def tooluse():
         combinations = list(itertools.product(*arguments.values()))
         rng.shuffle(combinations)
         for n, values in enumerate((combinations * 4)[:110]):  # 60 to train on, 50 held out
-            call = {"name": name, "arguments": dict(zip(arguments, values))}
+            chosen = dict(zip(arguments, values))
+            call = {"name": name, "arguments": chosen}
             request = requests[n % (len(requests) - 1)] if n < 60 else requests[-1]
-            request = request.format(**call["arguments"])
+            request = request.format(**chosen)
             shown = sorted([name, *rng.sample(sorted(set(TOOLS) - {name}), 2)])
             prompt = "\n".join(["Tools:", *map(_schema, shown), "", f"Request: {request}"])
             example = Example(prompt, json.dumps(call), same_json(call), system)
@@ -317,10 +319,10 @@ def _rows_task(path, measured_only):
         groups.setdefault(key, []).append(e)
     if len(groups) < 2:
         raise ValueError(f"{path}: one question cannot be both trained on and held out")
-    groups = list(groups.values())
-    random.Random(0).shuffle(groups)
-    cut = max(1, len(groups) // 5)
-    held_out, train = (list(itertools.chain(*part)) for part in (groups[:cut], groups[cut:]))
+    sides = list(groups.values())
+    random.Random(0).shuffle(sides)
+    cut = max(1, len(sides) // 5)
+    held_out, train = (list(itertools.chain(*part)) for part in (sides[:cut], sides[cut:]))
     return Task(path.stem, train, {"held_out": held_out})
 
 

@@ -14,6 +14,7 @@ passed in. Everything else treats each token alike.
 import copy
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -52,7 +53,7 @@ class GPTConfig:
         self.activation = self.activation or ("gelu_new" if self.model_type == "gpt2" else "silu")
 
 
-ACTIVATIONS = {  # by their names in a config.json
+ACTIVATIONS: dict[str, Callable] = {  # by their names in a config.json
     "silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
@@ -209,15 +210,18 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
+def norm(c):
+    return (nn.LayerNorm if c.model_type == "gpt2" else nn.RMSNorm)(c.d_model, eps=c.norm_eps)
+
+
 class Block(nn.Module):
     """Pre-norm residual block."""
 
     def __init__(self, c):
         super().__init__()
-        norm = nn.LayerNorm if c.model_type == "gpt2" else nn.RMSNorm
-        self.input_layernorm = norm(c.d_model, eps=c.norm_eps)
+        self.input_layernorm = norm(c)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = norm(c.d_model, eps=c.norm_eps)
+        self.post_attention_layernorm = norm(c)
         self.mlp = MLP(c)
 
     def forward(self, x, rope, attend):
@@ -237,7 +241,7 @@ class GPT(nn.Module):
         if c.model_type == "gpt2":
             self.embed_positions = nn.Embedding(c.context_length, c.d_model)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.norm = type(self.layers[0].input_layernorm)(c.d_model, eps=c.norm_eps)
+        self.norm = norm(c)
         if not c.tie_embeddings:
             self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
 
@@ -300,9 +304,8 @@ class GPT(nn.Module):
         """A parameter, by its name in a plain GPT, as the optimizer holds it."""
         owner, _, name = name.rpartition(".")
         module = self.get_submodule(owner)
-        if parametrize.is_parametrized(module, name):
-            return module.parametrizations[name].original
-        return getattr(module, name)
+        steps = parametrizations_of(module, name)
+        return steps.original if steps else getattr(module, name)
 
     @torch.no_grad()
     def weight(self, name):
@@ -311,9 +314,7 @@ class GPT(nn.Module):
         A parametrization that says changes_the_model = False (rounding for speed) is left out.
         """
         w, (owner, _, name) = self.stored(name), name.rpartition(".")
-        module = self.get_submodule(owner)
-        steps = module.parametrizations[name] if parametrize.is_parametrized(module, name) else []
-        for step in steps:
+        for step in parametrizations_of(self.get_submodule(owner), name):
             w = step(w) if getattr(step, "changes_the_model", True) else w
         return w.detach()
 
@@ -339,6 +340,11 @@ class GPT(nn.Module):
         """Write a Hugging Face folder that transformers loads; weights as they act."""
         from checkpoint import save_model
         save_model(self, folder)
+
+
+def parametrizations_of(module, name):
+    """What a module's parameter goes through before it acts, in order."""
+    return module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()
 
 
 def frozen_copy(model, dtype):
@@ -389,7 +395,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
         choose = partial(sample, temperature=temperature, top_p=top_p)
-        drawn = u[batch].to(model.device) if temperature > 0 else None
+        drawn = None if u is None else u[batch].to(model.device)
         texts = _continue(model, [prompts[i] for i in batch], max_new_tokens, choose, drawn, ends,
                           done or (lambda n: None))
         completions.update(zip(batch, texts))

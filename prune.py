@@ -70,6 +70,7 @@ class Mask(nn.Module):
     """A parametrization: pruned weights are seen as 0 and get no gradient, whatever the optimizer
     holds."""
 
+    mask: torch.Tensor
     lasting = True  # also after a low-rank update, see quant.add_lora_
 
     def __init__(self, mask):

@@ -20,6 +20,7 @@ and saved is the weight as it acts, but for that rounding (`model.GPT.weight`); 
 nothing else.
 """
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -304,8 +305,8 @@ def quantize_(model, scheme, group_size=None, symmetric=True, double=False):
         quantize = partial(fake_quantize, bits=int(bits[1]), group_size=group_size,
                            symmetric=symmetric)
     else:
-        floats = {"nf4": partial(fake_nf4, double=double), "mxfp4": fake_mxfp4,
-                  "nvfp4": fake_nvfp4}
+        floats: dict[str, Callable] = {"nf4": partial(fake_nf4, double=double),
+                                       "mxfp4": fake_mxfp4, "nvfp4": fake_nvfp4}
         if scheme not in floats:
             known = f"int2 … int8, {', '.join(floats)}"
             raise ValueError(f"unknown quantization scheme {scheme!r}: choose of {known}")

@@ -23,13 +23,12 @@ from torch.distributed.tensor import DTensor
 
 import evaluate
 import parallel
-from files import FORMS, printable, read_json
+from files import printable, read_json
 from model import frozen_copy
 
 LASTING = "asked", "guard", "lines", "seconds", "shown"  # what of a Run is in a checkpoint as it is
 LATEST = "latest.json"                                   # names the last whole state
 FREE = "out", "save_every", "resume", "dry_run", "verify"  # options that change no number
-TENSOR = "\0tensor"                                      # a key that no dictionary here has
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
           torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 
@@ -90,13 +89,14 @@ def _sha256(text, forms):
 
 
 def _taken_apart(x, tensors):
-    """x without its tensors, each of which leaves its name in `tensors`."""
+    """x without its tensors, each of which leaves its name in `tensors`, as {"tensor": name}; a
+    dictionary, whatever its keys, is {"dict": it}."""
     if isinstance(x, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = (x.to_local() if isinstance(x, DTensor) else x).detach()
-        return {TENSOR: name}
+        return {"tensor": name}
     if isinstance(x, dict):
-        return {key: _taken_apart(value, tensors) for key, value in x.items()}
+        return {"dict": {key: _taken_apart(value, tensors) for key, value in x.items()}}
     if isinstance(x, (list, tuple)):
         return [_taken_apart(value, tensors) for value in x]
     return x
@@ -105,9 +105,9 @@ def _taken_apart(x, tensors):
 def _put_together(x, tensor):
     """The inverse; tensor(name) is one of them."""
     if isinstance(x, dict):
-        if x.keys() == {TENSOR}:
-            return tensor(x[TENSOR])
-        return {key: _put_together(value, tensor) for key, value in x.items()}
+        if "tensor" in x:
+            return tensor(x["tensor"])
+        return {key: _put_together(value, tensor) for key, value in x["dict"].items()}
     return [_put_together(value, tensor) for value in x] if isinstance(x, list) else x
 
 

@@ -38,7 +38,7 @@ class Prompt(NamedTuple):
 
     student: list
     teacher: list
-    answer: list = ()
+    answer: list | tuple = ()
 
 
 class Diverged(Exception):

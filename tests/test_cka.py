@@ -221,6 +221,14 @@ def test_token_level_is_the_mean_over_sequences():
         assert len(result[kind]) == 2 and isinstance(result[kind][0], float)
 
 
+def test_token_level_leaves_out_what_is_too_short_and_says_so_if_that_is_all():
+    """Less its first token, a sequence needs four."""
+    short, x = (torch.randn(2, n, 3) for n in (3, 6))
+    assert token_level([short, x], [short + 1, 2 * x])["linear_debiased"] == pytest.approx([1, 1])
+    with pytest.raises(ValueError, match="at least 5 tokens"):
+        token_level([short], [short])
+
+
 def test_sample_level_compares_z_scored_last_tokens():
     a = some_states(0)
     b = some_states(1, related_to=a)

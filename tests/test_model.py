@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import tiny
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -380,6 +381,15 @@ def spied(model, monkeypatch):
         return backbone(ids, *args, **kwargs)
     monkeypatch.setattr(model, "backbone", spy, raising=False)
     return shapes
+
+
+def test_answers_of_no_tokens_are_empty_and_a_prompt_of_none_is_refused():
+    model = tiny()
+    for temperature in (0, 1.0):
+        assert generate(model, [[1], [2, 3]], 0, temperature) == [[], []]
+    assert generate(model, [], 5) == generate(model, [[1]], 5, rows=[]) == []
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        generate(model, [[1], []], 5)
 
 
 def test_rows_stop_at_eos_and_leave_the_batch(pair, monkeypatch):

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 import evaluate
 import parallel
-from files import printable, read_json
+from files import FORMS, printable, read_json
 from model import frozen_copy
 
 LASTING = "asked", "guard", "lines", "seconds", "shown"  # what of a Run is in a checkpoint as it is
@@ -193,10 +193,10 @@ def _whole(path):
 def check_finished(run, out):
     """Finished, if a folder holds all that this run would leave."""
     try:
-        results = json.loads((out / "results.json").read_text())
+        results = read_json(out / "results.json")
         same = identity_of(results["config"], results["environment"]) == run.identity
         code = int(any(found["ended"] for found in results["guard"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, *FORMS):  # another version's, or not ours
         return
     folders = [out / lesson.stage.replace("recovered", "student") for lesson in run.recoveries]
     if same and all((folder / "model.safetensors").exists() for folder in folders):

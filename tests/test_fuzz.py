@@ -239,7 +239,7 @@ class Later:
         if run.training:
             resume.resumed(run, student, "recovered")
         for stage in run.trained:
-            resume.trained(run, student, stage)
+            resume.kept(run, student, stage)
 
 
 LLAMA, OLDER = "llama", "older"
@@ -330,7 +330,9 @@ def write_checkpoint(root, good):
     resume.save(run, resume.snapshot("recovered", run.student, memory, generator, None, {"x": 1}))
     Later.run = run
     (root / "done" / "checkpoint").mkdir(parents=True)
-    results = {"config": resume.dataclasses.asdict(run.config),
+    (root / "done" / "student").mkdir()
+    (root / "done" / "student" / "model.safetensors").touch()
+    results = {"config": resume.dataclasses.asdict(run.config), "guard": {},
                "environment": run.facts | {"processes": 1, "torch": torch.__version__}}
     (root / "done" / "results.json").write_text(json.dumps(results))
 

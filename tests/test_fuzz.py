@@ -458,7 +458,7 @@ def test_bad_input_is_one_line_or_read(kind, good, tmp_path, capsys):
     with capsys.disabled() if "FUZZ" in os.environ else contextlib.nullcontext():
         print(f"\n{kind}: {cases} cases, {refused} refused, {len(wrong)} wrong", end=" ")
     assert not wrong, "\n".join(wrong[:40])
-    assert refused
+    assert refused or kind == "results.json"  # of any other form it is no finished run
 
 
 def test_the_files_that_all_begins_with_are_read(good):

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from files import in_file, one_line, read_json, read_text
 from model import ACTIVATIONS, GPT, GPTConfig, rope_frequencies
+from pieces import LLAMA3_PATTERN, QWEN2_PATTERN
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                    "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -796,8 +797,6 @@ def gguf_tensors(reader, config, dtype=torch.float32):
 
 LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 DIGITS = dict(type="Digits", individual_digits=True)
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def _split_by(pattern):
@@ -806,8 +805,8 @@ def _split_by(pattern):
 
 
 PRE = {  # tokenizer.ggml.pre -> pre_tokenizers of a tokenizer.json
-    "gpt-2": [LEVEL], "smollm": [DIGITS, LEVEL], "qwen2": _split_by(WORDS % ""),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _split_by(WORDS % "{1,3}"))}
+    "gpt-2": [LEVEL], "smollm": [DIGITS, LEVEL], "qwen2": _split_by(QWEN2_PATTERN),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _split_by(LLAMA3_PATTERN))}
 TOKENIZER_READ = set("""
     ggml.model ggml.pre ggml.tokens ggml.token_type ggml.merges ggml.scores ggml.add_bos_token
     ggml.token_type_count chat_template chat_templates huggingface.json""".split())

@@ -178,8 +178,7 @@ def load_tokenizer(folder):
     else:
         wanted = "no tokenizer.json, and no vocab.json with merges.txt"
         raise FileNotFoundError(f"{wanted}, in {folder}")
-    if "added_tokens_decoder" not in config:  # else transformers, too, leaves this file alone
-        config |= _tokens_named(folder / "special_tokens_map.json")
+    config = _said(folder, config, {})
     named = template.special_tokens(config)
     eos = named.get("eos_token") or _usual_end(parts["added"])
     tokenizer = Tokenizer(**parts, eos=eos, chat_template=template.chat_template(folder, config))
@@ -265,7 +264,8 @@ def _between(spec, where):
 
 
 def _said(folder, config, default):
-    """tokenizer_config.json, with an older folder's special_tokens_map.json."""
+    """tokenizer_config.json, with an older folder's special_tokens_map.json, which transformers,
+    too, leaves alone in others."""
     older = "added_tokens_decoder" not in config
     return default | config | (_tokens_named(folder / "special_tokens_map.json") if older else {})
 

@@ -295,7 +295,8 @@ def teach(run, student, lesson):
         watch = watch_of(run, student, lesson, past.get("watch"))
         first = past["first"] if past else show_step(run, student, teacher, lesson)
         now = partial(resume.snapshot, stage, student, memory, generator, watch, first)
-        settings = settings_of(run, lesson, memory, log, stop_of(run, lesson, watch, now, so_far))
+        stop = stop_of(run, lesson, watch, memory, now, so_far)
+        settings = settings_of(run, lesson, memory, log, stop)
         try:
             with run.interrupt.whole_steps(held=c.save_every):
                 learn(run, student, teacher, lesson, settings, generator)
@@ -315,18 +316,17 @@ def teach(run, student, lesson):
     return student
 
 
-def stop_of(run, lesson, watch, now, so_far):
+def stop_of(run, lesson, watch, memory, now, so_far):
     """stop() of a training, after a step: whether it was the last. Now and then now(), the
     training's state, is saved, and when the run is asked to stop, which it then does. After the
     last step resume.keep saves the student itself."""
     def stop():
         if watch and watch():
             return True
-        state, every = now(), run.config.save_every
-        step = state["memory"]["step"]
+        step, every = memory["step"], run.config.save_every
         if run.interrupt.asked or (every and step % every == 0 and step < len(lesson.batches)):
             run.seconds[f"{lesson.stage} training"] = so_far()
-            resume.save(run, state)
+            resume.save(run, now())
         run.interrupt.leave_if_asked()
     return stop
 

@@ -21,7 +21,7 @@ IMPORTS = {  # of ours, at the top of each of the files that are the paper, and 
     "sdft": {"cka"}, "model": set(), "quant": set(), "prune": {"quant"}, "cka": set(),
     "data": {"files", "rows", "tokenizer"}, "rows": {"files"}, "template": {"files"},
     "tokenizer": {"bpe", "files", "pieces", "template"}, "pieces": {"bpe"}, "bpe": set(),
-    "files": set(), "checkpoint": {"files", "model"},
+    "files": set(), "checkpoint": {"files", "model", "pieces"},
     "fast": {"model", "sdft"},
     "evaluate": {"cka", "data", "parallel"}, "damage": {"parallel", "prune", "quant"},
     "guard": {"cka", "evaluate", "parallel", "sdft"}}

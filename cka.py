@@ -8,7 +8,7 @@ is float64: near 1, the differences that matter are in the third digit and beyon
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-KINDS = ("linear", "linear_debiased", "rbf", "rbf_debiased")
+KINDS = ("linear", "linear_debiased", "unit_debiased", "rbf", "rbf_debiased")
 
 
 def linear_cka(x, y, debiased=False):
@@ -31,6 +31,17 @@ def linear_cka(x, y, debiased=False):
     if not debiased and max(x.size(-1), y.size(-1)) < x.size(-2):
         return _linear_cka_features(x, y)
     return _cka(x @ x.mT, y @ y.mT, debiased)  # Eqs. (1), (2): H [L, d], K = H H^T
+
+
+def unit_rows(x):
+    """x [..., n, d], each row scaled to norm 1: no row of huge norm, a massive activation, decides
+    what CKA says of it.
+
+    >>> unit_rows(torch.tensor([[3., 4.], [0., 0.]])).tolist()
+    [[0.6, 0.8], [0.0, 0.0]]
+    """
+    x = x.double()
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def rbf_cka(x, y, threshold=1.0, debiased=False):
@@ -172,4 +183,5 @@ def _samples(states):
 
 def _all_kinds(x, y):
     return {"linear": linear_cka(x, y), "linear_debiased": linear_cka(x, y, debiased=True),
+            "unit_debiased": linear_cka(unit_rows(x), unit_rows(y), debiased=True),
             "rbf": rbf_cka(x, y), "rbf_debiased": rbf_cka(x, y, debiased=True)}

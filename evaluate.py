@@ -8,7 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 import cka
 import data
 import parallel
+import sdft
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Measurement:
     answers: list   # (prompt, answer) of examples of the first split
     cka: dict       # level -> kind -> [n_layer], against the healthy model (empty for itself)
     layers: list    # CKA of each layer with each of the healthy model's
+    kl: dict = field(default_factory=dict)  # text's metric -> KL(healthy || model), nats a token
 
     def value(self, metric):
         """Perplexity, or accuracy in percent.
@@ -55,12 +57,22 @@ class Measurement:
         return 100 * mean
 
 
+@dataclass
+class Healthy:
+    """What is kept of the healthy model, to compare others with; of each list this process's
+    share."""
+
+    states: dict    # task -> hidden states of its sequences, see `states_of`
+    windows: dict   # metric -> [the final states [T, D] of a window of text]
+    head: Callable  # final states -> logits
+
+
 @torch.no_grad()
-def measure(evaluation, model, healthy_states=None, progress=""):
-    """A Measurement: accuracy on every split, perplexity of every text, and CKA, given the healthy
-    model's hidden states. progress names a progress bar; without a name there is none."""
-    items, answers, likeness, layers = {}, [], {}, []
-    total = items_to_read(evaluation, healthy_states is not None)
+def measure(evaluation, model, healthy=None, progress=""):
+    """A Measurement: accuracy on every split, perplexity of every text, and likeness, given what is
+    kept of the healthy model. progress names a progress bar; without a name there is none."""
+    items, answers, likeness, layers, kl = {}, [], {}, [], {}
+    total = items_to_read(evaluation, healthy is not None)
     with tqdm(total=total, desc=progress, unit="item", disable=not progress) as bar:
         for metric, examples in evaluation.splits.items():
             if examples[0].choices:
@@ -70,12 +82,13 @@ def measure(evaluation, model, healthy_states=None, progress=""):
             items[metric] = [float(e.check(t)) for e, t in zip(examples, texts)]
             answers = answers or [(e.prompt, t) for e, t in zip(examples, texts)]
         for metric, windows in evaluation.windows.items():
-            items[metric] = nats_of(model, windows, bar.update, len(evaluation.tokenizer.prefix))
-        if healthy_states is not None:
-            states = states_of(evaluation, model, bar.update)
-            likeness, layers = compare(states, healthy_states)
+            items[metric], kl[metric] = nats_of(
+                model, windows, bar.update, len(evaluation.tokenizer.prefix), healthy, metric)
+        if healthy is not None:
+            likeness, layers = compare(states_of(evaluation, model, bar.update), healthy.states)
     items = {metric: torch.tensor(values) for metric, values in items.items()}
-    return Measurement(items, answers[:: max(1, len(answers) // 3)][:3], likeness, layers)
+    shown = answers[:: max(1, len(answers) // 3)][:3]
+    return Measurement(items, shown, likeness, layers, kl if healthy else {})
 
 
 def items_to_read(evaluation, with_cka):
@@ -105,14 +118,16 @@ def answers_to(evaluation, model, examples, done, demo="none"):
         answer(model, evaluation.tokenizer, mine, longest, evaluation.generate, done, demo))
 
 
-def nats_of(model, windows, done, prefix=0):
-    """Mean nats per token of each of these text windows, four at a time, a list."""
+def nats_of(model, windows, done, prefix=0, healthy=None, metric=""):
+    """([mean nats per token of each window of this text], their mean KL(healthy || model))."""
     mine, found = parallel.share(windows), []
     for start in range(0, len(mine), 4):
-        part = mine[start:start + 4]
-        found += nats(model, part, prefix)
-        done(len(part))
-    return parallel.gather(found)
+        part = slice(start, start + 4)
+        theirs = (healthy.windows[metric][part], healthy.head) if healthy else ()
+        found += nats(model, mine[part], prefix, *theirs)
+        done(len(mine[part]))
+    nll, kl = zip(*parallel.gather(found))
+    return list(nll), sum(kl) / len(kl)
 
 
 def answer_tokens(evaluation, examples):
@@ -164,15 +179,19 @@ def choice_scores(model, tokenizer, example, score):
     return [total / len(text.removeprefix(" ")) for total, text in zip(sums, continuations)]
 
 
-def nats(model, windows, prefix=0):
-    """Mean negative log-likelihood of each window's tokens after the first, or after its first
-    `prefix` tokens, which are not of the text; a list."""
+def nats(model, windows, prefix=0, theirs=None, head=None):
+    """[(mean negative log-likelihood of a window's tokens after the first, or after its first
+    `prefix` tokens, which are not of the text; mean KL(healthy || model) there)], the latter given
+    the healthy model's final states of each window and its head, else 0."""
     ids, first = torch.tensor(windows, device=model.device), max(1, prefix)
-    states = model.backbone(ids[:, :-1])
-    found = []
-    for x, row in zip(states, ids):  # the logits of one window at a time: [T, V]
+    states, found = model.backbone(ids[:, :-1]), []
+    for x, row, y in zip(states, ids, theirs or [None] * len(ids)):  # a window's logits: [T, V]
         logits = model.head(x[first - 1:]).float()
-        found.append(F.cross_entropy(logits, row[first:]).item())
+        kl = 0.0
+        if y is not None:
+            every = torch.ones(len(logits), device=logits.device)
+            kl = sdft.forward_kl(logits, head(y[first - 1:]), every).item()
+        found.append((F.cross_entropy(logits, row[first:]).item(), kl))
     return found
 
 
@@ -257,6 +276,16 @@ def calibration_sequences(c, tokenizer, tasks):
             ids = data.begun(tokenizer, tokenizer.encode(e.prompt))[:128]
         found.append(ids)
     return found
+
+
+@torch.no_grad()
+def healthy_of(evaluation, model):
+    """What is kept of the healthy model."""
+    windows = {}
+    for metric, of in evaluation.windows.items():
+        ids = [torch.tensor([window[:-1]], device=model.device) for window in parallel.share(of)]
+        windows[metric] = [model.backbone(x)[0] for x in ids]
+    return Healthy(states_of(evaluation, model), windows, model.head)
 
 
 def states_of(evaluation, model, done=None):
@@ -364,7 +393,33 @@ def metric_lines(results, width):
         found = [fraction[metric] for fraction in fractions.values()]
         shown = ", ".join(not_damaged(results, metric) if f is None else f"{f:.2f}" for f in found)
         lines.append(f"{metric_title(metric):24}{row}  {shown:>18}")
+    for metric, values in results.get("kl", {}).items():
+        row = "".join(f"{values.get(stage, 0):{width}.3f}" for stage in stages)
+        of = metric.removeprefix("perplexity").replace("_", ", ")
+        lines.append(f"{'KL from healthy' + of:24}{row}")
     return lines
+
+
+def as_text(values):
+    """A metric's items [n] as one word or line: a figure an example, right or wrong; of a text the
+    nats of each window.
+
+    >>> as_text(torch.tensor([0.0, 1.0])), as_text(torch.tensor([2.5, 3.25]))
+    ('01', '2.5000 3.2500')
+    """
+    if all(v in (0, 1) for v in values.tolist()):
+        return "".join(f"{v:.0f}" for v in values.tolist())
+    return " ".join(f"{v:.4f}" for v in values.tolist())
+
+
+def point(m):
+    """A Measurement as results.json has it of a model in the middle of its training; CKA of the
+    last layer and averaged over layers."""
+    likeness = {level: {kind: [v[-1], sum(v) / len(v)] for kind, v in kinds.items()}
+                for level, kinds in m.cka.items()}
+    return {"values": {metric: m.value(metric) for metric in m.items},
+            "items": {metric: as_text(v) for metric, v in m.items.items()},
+            "kl": m.kl, "cka": likeness}
 
 
 def recovered_fractions(results):

@@ -139,7 +139,8 @@ class Watch:
 def held_out_loss(run, student, lesson):
     """value() for a Watch: the lesson's loss on its held-out prompts, task by task, with the
     experts' answers, in nats a token; "all": the mean over all tokens."""
-    teacher, size = run.teachers.get(lesson.teacher), run.config.micro_batch
+    teacher = run.teachers.get(lesson.teacher) if lesson.how in ("sdft", "kd") else None
+    size = run.config.micro_batch
     together = parallel.sharded(student)  # then all processes must take the same steps
     parts = []  # (task, the prompts, their answers, the teacher's states)
     for task, prompts in lesson.held_out.items():

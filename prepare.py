@@ -22,7 +22,7 @@ import sdft
 from damage import check_groups, parse_damage, put_on_grid, remove_neurons, require
 from model import GPT, frozen_copy, generate
 
-WAYS = "sdft", "kd", "sft", "none"
+WAYS = "sdft", "kd", "sft", "own", "none"
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Lesson:
     """One training: who learns, in which way, from whom, on what, how fast."""
 
     stage: str          # what comes of it: healthy, degraded, recovered…
-    how: str            # sdft, kd, sft; or none
+    how: str            # sdft, kd, sft, own; or none
     teacher: str        # a name in Run.teachers; "" for sft
     batches: list       # of lists of sdft.Prompt
     lr: float
@@ -72,7 +72,8 @@ class Run:
     full: bool = False                                       # the disk: no more checkpoints
     lock: int | None = None                                  # on --out
     interrupt: object = dataclasses.field(default_factory=resume.Interrupt)
-    healthy_states: dict | None = None                       # for CKA
+    kept: evaluate.Healthy | None = None                     # of the healthy model, to compare with
+    along: dict = dataclasses.field(default_factory=dict)    # stage -> points of its training
 
 
 def prepare(c):
@@ -141,6 +142,9 @@ def check_options(c):
             "--cka-balance scales --cka-weight: give one above 0")
     require(c.calibration >= 4 or c.watch != "cka",
             "--watch cka is CKA over --calibration examples: give at least 4")
+    require(all(re.fullmatch(r"0?\.\d+", part) for part in parts_of(c)),
+            f"--interpolate {c.interpolate}: give parts of the way, such as 0.25,0.5,0.75")
+    require(not (c.interpolate and c.shard), "--interpolate goes without --shard")
     require(not (c.lora and c.train_embeddings),
             "--lora trains low-rank updates alone: leave out --train-embeddings")
     require(not (c.ema and any(what is remove_neurons for what, _ in damages)),
@@ -153,6 +157,11 @@ def check_options(c):
                                   "start with torchrun --nproc_per_node N")
     require(c.batch_size % n == 0,
             f"--batch-size {c.batch_size} cannot be shared evenly by {n} processes")
+
+
+def parts_of(c):
+    """The parts of --interpolate, as they were typed."""
+    return c.interpolate.split(",") if c.interpolate else []
 
 
 def implementation(c):
@@ -373,7 +382,7 @@ def plan_recoveries(c, tokenizer, tasks, held_out, lr):
     lessons = []
     learned = lesson_of(c, tokenizer, tasks, held_out, c.steps, c.seed, teacher=c.demo)
     for how in c.recover.split(","):
-        taught = how in ("sdft", "kd")
+        taught = how in ("sdft", "kd", "own")
         for i, teacher in enumerate(c.teacher.split(",") if taught else [""]):
             words = ["recovered"] + ([how] if "," in c.recover else [])
             if taught and "," in c.teacher:
@@ -401,7 +410,7 @@ def lesson_lengths(run):
     """[(tokens of a prompt with its answer, the student's ids)] of all that is trained on."""
     found = []
     for lesson in filter(None, [run.expert, run.forgetting, *run.recoveries]):
-        given = lesson.how in ("kd", "sft")  # else the answer is a rollout
+        given = lesson.how in ("kd", "sft")  # else the answer is a rollout, or the teacher's own
         for p in itertools.chain(*lesson.batches) if lesson.how != "none" else ():
             prompt = p.student if lesson.how == "sft" else p.teacher
             answer = len(p.answer) if given else run.config.rollout_tokens

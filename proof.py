@@ -49,14 +49,14 @@ def time_to_measure(run, model):
         only = dataclasses.replace(evaluation, splits={metric: part}, windows={})
         whole += seconds_of(evaluate.measure, only, model) * len(examples) / len(part)
     rest = dataclasses.replace(evaluation, splits={})
-    whole += seconds_of(evaluate.measure, rest, model, run.healthy_states)
-    if run.healthy_states is None:
+    whole += seconds_of(evaluate.measure, rest, model, run.kept)
+    if run.kept is None:
         whole += seconds_of(keep_states, run, model)
     return whole, time.perf_counter() - began
 
 
 def keep_states(run, model):
-    run.healthy_states = evaluate.states_of(run.evaluation, model)
+    run.kept = evaluate.healthy_of(run.evaluation, model)
 
 
 def seconds_of(function, *arguments):
@@ -72,7 +72,7 @@ def time_to_train(run, student, lesson):
     recovered = train.teach(run, student, dataclasses.replace(lesson, batches=part))
     spent = time.perf_counter() - began
     evaluate.measure(dataclasses.replace(run.evaluation, splits={}),  # for the memory it takes
-                     frozen_copy(recovered, getattr(torch, run.config.dtype)), run.healthy_states)
+                     frozen_copy(recovered, getattr(torch, run.config.dtype)), run.kept)
     each = [line["seconds"] for line in run.lines][1:] or [run.lines[0]["seconds"]]
     step, watched = sum(each) / len(each), run.guard.get(lesson.stage, {"seconds": 0, "checks": []})
     check = watched["seconds"] / max(1, len(watched["checks"]))
@@ -131,8 +131,7 @@ def verify(folder):
         path = folder / lesson.stage.replace("recovered", "student")
         models[lesson.stage] = frozen_copy(GPT.from_pretrained(path), getattr(torch, c.dtype))
     for stage, model in models.items():
-        m = evaluate.measure(run.evaluation, model.to(c.device), run.healthy_states,
-                             f"measure {stage}")
+        m = evaluate.measure(run.evaluation, model.to(c.device), run.kept, f"measure {stage}")
         if stage == "healthy":
             keep_states(run, model)
         for metric in m.items:

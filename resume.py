@@ -26,7 +26,7 @@ import parallel
 from files import FORMS, printable, read_json
 from model import frozen_copy
 
-LASTING = "asked", "guard", "lines", "seconds", "shown"  # what of a Run is in a checkpoint as it is
+LASTING = "along", "asked", "guard", "lines", "seconds", "shown"  # of a Run, in it as they are
 LATEST = "latest.json"                                   # names the last whole state
 FREE = "out", "save_every", "resume", "dry_run", "verify"  # options that change no number
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
@@ -159,6 +159,7 @@ def go_on(run, out):
     run.trained, run.training = state["trained"], state["training"]
     known = {*run.trained, (run.training or {}).get("stage")}
     run.lines = [line for line in run.lines if line["stage"] in known]
+    run.along = {stage: points for stage, points in run.along.items() if stage in known}
     run.seconds = {name: spent for name, spent in run.seconds.items()
                    if name.removesuffix(" training") in known or not name.endswith(" training")}
 
@@ -174,8 +175,8 @@ def _saves(latest):
     return saves
 
 
-FORM = {"identity": dict, "asked": dict, "guard": dict, "lines": list, "seconds": dict,
-        "shown": dict, "stages": dict, "trained": list, "training": dict | None}
+FORM = {"identity": dict, "along": dict, "asked": dict, "guard": dict, "lines": list,
+        "seconds": dict, "shown": dict, "stages": dict, "trained": list, "training": dict | None}
 
 
 def _whole(path):

@@ -156,15 +156,15 @@ def backward(loss, student, s, teacher, t, tokens, chunk=64):
     return values, (s * slope).sum()  # d total / d s = slope
 
 
-def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka_weight=0.0,
-            cka_balance=False, micro_batch=16, stop=None, share=list, score=score,
+def recover(student, teacher, batches, rollout, *, loss=forward_kl, skip=0, ema=0.0,
+            cka_weight=0.0, cka_balance=False, micro_batch=16, stop=None, share=list, score=score,
             backward=backward, memory=None, **optimization):
     """SDFT: teach the student back from its teacher's view of its own rollouts; trains in place.
 
     batches: lists of `Prompt`. rollout(student, prompts) -> completions, lists of ids; None: the
     experts' answers. loss(student_logits, teacher_logits, mask): one of LOSSES, or any mean over
-    tokens like them. stop() ends the training if it is true. share(rows) is this process's part of
-    the batch. ema, cka_weight, cka_balance: see the head of this file. The rest goes to `steps`.
+    tokens like them, skip: without the first of each answer. stop() ends the training if it is
+    true. share(rows) is this process's part of the batch. ema, cka_…: see above; the rest: `steps`.
     """
     teacher.eval().requires_grad_(False)  # the paper's teacher is static
     memory = {"step": 0} if memory is None else memory
@@ -173,12 +173,13 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
         answers = [p.answer for p in batch]
         if rollout:                                                     # 1. rollout: on-policy
             answers = rollout(student, [p.student for p in batch])
-        tokens = sum(map(len, answers))
+        tokens = int(counted(answers, skip).sum())
         line = {"loss": 0.0, "kl": 0.0, "tokens": tokens} | ({"cka": 0.0} if with_cka else {})
         for prompts, ys in micro_batches(share(batch), share(answers), micro_batch):
             with torch.no_grad():                                       # 2. score, t and s
                 t = score(teacher, [p.teacher for p in prompts], ys, with_cka)
             s = score(student, [p.student for p in prompts], ys, with_cka)
+            s, t = (h[:, counted(ys, skip)] if skip else h for h in (s, t))
             (value, kl), total = backward(loss, student, s[-1], teacher, t[-1], tokens)
             if with_cka and s.size(1) > 2:               # of one or two tokens CKA says nothing
                 distance, part = 1 - linear_cka(s, t).mean(), s.size(1) / tokens
@@ -197,9 +198,22 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, ema=0.0, cka
     return student
 
 
-def sft(model, batches, *, micro_batch=16, stop=None, share=list, score=score, **optimization):
+def counted(answers, skip):
+    """[N] bool: which of the answers' tokens, row after row, the loss counts: all but the first
+    `skip` of each (Shenfeld et al.: 3), and always its last.
+
+    >>> counted([[5, 6, 7], [8]], skip=2).tolist()
+    [False, False, True, True]
+    """
+    places = [i >= min(skip, len(y) - 1) for y in answers for i in range(len(y))]
+    return torch.tensor(places, dtype=torch.bool)
+
+
+def sft(model, batches, *, anchor=None, anchor_weight=0.0, micro_batch=16, stop=None, share=list,
+        score=score, **optimization):
     """Plain supervised fine-tuning, in place: cross-entropy on the experts' answers to the bare
-    prompts. The arguments are those of `recover`."""
+    prompts. With an anchor_weight, that times KL(anchor || model) of the same tokens is added, both
+    seeing the bare prompt. The other arguments are those of `recover`."""
     for batch, update in steps(model, batches, **optimization):
         answers = [p.answer for p in batch]
         tokens = sum(map(len, answers))
@@ -208,6 +222,12 @@ def sft(model, batches, *, micro_batch=16, stop=None, share=list, score=score, *
             logits = model.head(score(model, [p.student for p in prompts], ys)[-1])
             targets = torch.tensor([token for y in ys for token in y], device=logits.device)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
+            if anchor_weight:
+                with torch.no_grad():
+                    held = anchor.head(score(anchor, [p.student for p in prompts], ys)[-1])
+                every = torch.ones(len(targets), device=logits.device)
+                kl = forward_kl(logits, held, every) * len(targets) / tokens
+                loss = loss + anchor_weight * kl
             loss.backward()
             line["loss"] += loss.item()
             logits = loss = None

@@ -37,7 +37,7 @@ import sdft
 from damage import damage_, parse_damage
 from data import DEMOS
 from model import frozen_copy, own_copy
-from prepare import prepare
+from prepare import parts_of, prepare
 
 # ------------------------------------------------------------------------------ the configuration
 
@@ -95,8 +95,8 @@ class Config:
 
     recover: str = option(
         "sdft", "sdft; or a baseline: kd (the teacher scores the expert's answers, not the "
-        "student's), sft (the expert's answers alone), none; several, by commas: each from the "
-        "same damage", group="recovery (§3)")
+        "student's), sft (the expert's answers alone), own (sft on the teacher's own answers), "
+        "none; several, by commas: each from the same damage", group="recovery (§3)")
     teacher: str = option("healthy", "healthy (as before the damage: with --forget, the expert), "
                           "base (--model), or a folder; several, by commas: each from the same "
                           "damage")
@@ -105,6 +105,10 @@ class Config:
     teacher_check: int = option(48, "training prompts of each task that a teacher is asked before "
                                 "it teaches, as it will see them and bare", least=0)
     loss: str = option("forward_kl", "divergence between teacher and student", choices=sdft.LOSSES)
+    skip_tokens: int = option(0, "tokens at the beginning of each answer that the loss of sdft and "
+                              "kd leaves out (Shenfeld et al.: 3)", least=0)
+    anchor: float = option(0.0, "sft: weight in its loss of KL(healthy || student), both seeing "
+                           "the bare prompt", least=0)
     ema: float = option(0.0, "how far the teacher follows the student each step (Shenfeld et al.: "
                         "0.01); 0: it stays as it is", least=0, below=1)
     rollout_tokens: int = option(32, "longest rollout", least=1)
@@ -149,6 +153,10 @@ class Config:
     eval_tokens: int = option(0, "longest answer in an evaluation; 0: that of its split's longest "
                               "demonstration", least=0)
     eval_limit: int = option(0, "examples of each evaluation split; 0: all", least=0)
+    measure_every: int = option(0, "steps of a recovery between two measurements on its way; 0: it "
+                                "is measured at its end alone", least=0)
+    interpolate: str = option("", "after a recovery measure also the weights at these parts of the "
+                              "way from its start to its end, such as 0.25,0.5 (2109.01903)")
 
     micro_batch: int = option(16, "prompts that go through the models together", least=1,
                               group="memory and speed")
@@ -271,10 +279,9 @@ def measure(run, stage, model):
         if known:  # by an earlier process of this run
             run.stages[stage] = run.measured[stage]
         else:
-            run.stages[stage] = evaluate.measure(run.evaluation, model, run.healthy_states,
-                                                 progress)
+            run.stages[stage] = evaluate.measure(run.evaluation, model, run.kept, progress)
         if stage == "healthy":
-            run.healthy_states = evaluate.states_of(run.evaluation, model)
+            run.kept = evaluate.healthy_of(run.evaluation, model)
     if not known:
         resume.save(run)
 
@@ -286,6 +293,7 @@ def teach(run, student, lesson):
     if stage in run.trained:  # by an earlier process of this run
         return resume.kept(run, student, stage)
     student = trainable_(c, student, run.teachers["base"])
+    start = copies_of(student) if parts_of(c) and lesson.recovery else []
     past = resume.resumed(run, student, stage)
     ask_teacher(run, lesson)
     teacher, generator = teacher_of(run, lesson), torch.Generator()
@@ -295,7 +303,7 @@ def teach(run, student, lesson):
         watch = watch_of(run, student, lesson, past.get("watch"))
         first = past["first"] if past else show_step(run, student, teacher, lesson)
         now = partial(resume.snapshot, stage, student, memory, generator, watch, first)
-        stop = stop_of(run, lesson, watch, memory, now, so_far)
+        stop = stop_of(run, student, lesson, watch, memory, now, so_far)
         settings = settings_of(run, lesson, memory, log, stop)
         try:
             with run.interrupt.whole_steps(held=c.save_every):
@@ -310,25 +318,54 @@ def teach(run, student, lesson):
         if first:
             last = show_step(run, student, teacher, lesson)
             run.shown[stage] = {"first": first, "last": last}
+    interpolate(run, student, start, lesson)
     student = parallel.plain_copy(student, torch.float32)
     resume.keep(run, stage, student)
     run.interrupt.leave_if_asked()
     return student
 
 
-def stop_of(run, lesson, watch, memory, now, so_far):
-    """stop() of a training, after a step: whether it was the last. Now and then now(), the
-    training's state, is saved, and when the run is asked to stop, which it then does. After the
-    last step resume.keep saves the student itself."""
+def stop_of(run, student, lesson, watch, memory, now, so_far):
+    """stop() of a training, after a step: whether it was the last. Now and then the student is
+    measured on its way; and now(), the training's state, is saved, and when the run is asked to
+    stop, which it then does. After the last step resume.keep saves the student itself."""
     def stop():
+        step, every, often = memory["step"], run.config.save_every, run.config.measure_every
+        if lesson.recovery and often and step % often == 0 and step < len(lesson.batches):
+            measure_along(run, student, lesson, step)
         if watch and watch():
             return True
-        step, every = memory["step"], run.config.save_every
         if run.interrupt.asked or (every and step % every == 0 and step < len(lesson.batches)):
             run.seconds[f"{lesson.stage} training"] = so_far()
             resume.save(run, now())
         run.interrupt.leave_if_asked()
     return stop
+
+
+def measure_along(run, student, lesson, step, part=None):
+    """Measure the student on its way: after a step of its training, or at a part of the way from
+    its start to its end. seconds: what the steps up to here took."""
+    m = evaluate.measure(run.evaluation, parallel.plain_copy(student, getattr(
+        torch, run.config.dtype)), run.kept)
+    spent = sum(line["seconds"] for line in run.lines if line["stage"] == lesson.stage)
+    where = {"step": step, "part": part, "seconds": spent}
+    run.along.setdefault(lesson.stage, []).append(where | evaluate.point(m))
+
+
+@torch.no_grad()
+def interpolate(run, student, start, lesson):
+    """Measure the weights between a training's start and its end; the student stays at its end."""
+    end = copies_of(student) if start else []
+    for part in map(float, parts_of(run.config) if start else []):
+        for p, first, last in zip(resume.trained_parameters(student), start, end):
+            p.copy_(first.lerp(last, part))
+        measure_along(run, student, lesson, len(lesson.batches), part)
+    for p, last in zip(resume.trained_parameters(student), end):
+        p.copy_(last)
+
+
+def copies_of(student):
+    return [p.detach().clone() for p in resume.trained_parameters(student)]
 
 
 def settings_of(run, lesson, memory, log, stop):
@@ -340,19 +377,34 @@ def settings_of(run, lesson, memory, log, stop):
         adam_dtype=getattr(torch, c.adam_dtype), micro_batch=c.micro_batch, log=log,
         progress=lesson.stage if parallel.rank() == 0 else "", score=run.score,
         share=parallel.share, reduce=parallel.reduce_, cached=not c.shard)
-    if lesson.recovery and lesson.how != "sft":
-        settings |= dict(ema=c.ema, cka_weight=c.cka_weight, cka_balance=c.cka_balance)
+    if lesson.recovery and lesson.how == "sft" and c.anchor:
+        settings |= dict(anchor=run.teachers["healthy"], anchor_weight=c.anchor)
+    if lesson.recovery and lesson.how in ("sdft", "kd"):
+        settings |= dict(skip=c.skip_tokens, ema=c.ema, cka_weight=c.cka_weight,
+                         cka_balance=c.cka_balance)
     return settings
 
 
 def learn(run, student, teacher, lesson, settings, generator):
     """The training itself, by sdft.py."""
-    if lesson.how == "sft":
-        sdft.sft(student, lesson.batches, **settings)
+    if lesson.how in ("sft", "own"):
+        batches = lesson.batches if lesson.how == "sft" else own_answers(run, teacher, lesson)
+        sdft.sft(student, batches, **settings)
     else:
         rollout = rollout_of(run, generator) if lesson.how == "sdft" else None
         sdft.recover(student, teacher, lesson.batches, rollout, loss=sdft.LOSSES[lesson.loss],
                      backward=run.backward, **settings)
+
+
+def own_answers(run, teacher, lesson):
+    """A lesson's batches with the teacher's own greedy answers, the demonstration before it, in
+    place of the experts'."""
+    prompts = [p for batch in lesson.batches for p in batch]
+    found = parallel.gather(run.generate(
+        teacher, [p.teacher for p in parallel.share(prompts)], run.config.rollout_tokens, 0, 1.0,
+        run.evaluation.tokenizer.eos_ids, batch_size=64))
+    answers = iter(found)
+    return [[p._replace(answer=next(answers)) for p in batch] for batch in lesson.batches]
 
 
 def ask_teacher(run, lesson):
@@ -502,7 +554,20 @@ def results_of(run):
         "cka": {level: {name: m.cka[level] for name, m in stages.items() if m.cka}
                 for level in levels},
         "cka_layers": {name: m.layers for name, m in stages.items() if m.layers},
+        "items": {name: {metric: evaluate.as_text(values) for metric, values in m.items.items()}
+                  for name, m in stages.items()},
+        "kl": {metric: {name: m.kl[metric] for name, m in stages.items() if metric in m.kl}
+               for metric in run.evaluation.windows},
+        "along": {name: [*points, end_of(run, name)] for name, points in run.along.items()},
         "step": run.shown, "seconds": run.seconds}
+
+
+def end_of(run, stage):
+    """The last of a recovery's points: the student that it left."""
+    steps = sum(line["stage"] == stage for line in run.lines)
+    spent = sum(line["seconds"] for line in run.lines if line["stage"] == stage)
+    where = {"step": run.guard.get(stage, {}).get("kept", steps), "part": None, "seconds": spent}
+    return where | evaluate.point(run.stages[stage])
 
 
 def environment(run):

@@ -24,9 +24,11 @@ def debiased(cka):
     return lambda x, y: cka(x, y, debiased=True)
 
 
-ALL = {"linear": linear_cka, "linear_debiased": debiased(linear_cka),
-       "rbf": rbf_cka, "rbf_debiased": debiased(rbf_cka)}
-all_kinds = pytest.mark.parametrize("cka", ALL.values(), ids=ALL.keys())
+ESTIMATORS = {"linear": linear_cka, "linear_debiased": debiased(linear_cka),
+              "rbf": rbf_cka, "rbf_debiased": debiased(rbf_cka)}
+ALL = ESTIMATORS | {"unit_debiased": lambda x, y: linear_cka(
+    *(torch.nn.functional.normalize(h.double(), dim=-1) for h in (x, y)), debiased=True)}
+all_kinds = pytest.mark.parametrize("cka", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 linear_kinds = pytest.mark.parametrize("debias", [False, True])
 
 
@@ -212,7 +214,7 @@ def test_token_level_is_the_mean_over_sequences():
     a = some_states(0)
     b = some_states(1, related_to=a)
     result = token_level(a, b)
-    assert tuple(result) == KINDS == tuple(ALL)
+    assert tuple(result) == KINDS and ALL.keys() == set(KINDS)
     for kind, cka in ALL.items():
         for layer in range(2):
             values = [cka(x[layer], y[layer]).item() for x, y in zip(a, b) if x.size(1) >= 4]
@@ -227,6 +229,18 @@ def test_token_level_leaves_out_what_is_too_short_and_says_so_if_that_is_all():
     assert token_level([short, x], [short + 1, 2 * x])["linear_debiased"] == pytest.approx([1, 1])
     with pytest.raises(ValueError, match="at least 5 tokens"):
         token_level([short], [short])
+
+
+def test_one_token_of_huge_norm_decides_the_plain_kinds_and_not_the_one_of_unit_rows():
+    """Two models that share nothing but where their massive activation is."""
+    x, y = torch.randn(2, 1, 12, 40, generator=torch.Generator().manual_seed(0))
+    x[:, 3], y[:, 3] = 500 * x[:, 3], 500 * y[:, 3]
+    found = token_level([x], [y])
+    assert found["linear"][0] > 0.95 and abs(found["unit_debiased"][0]) < 0.3
+    y = x.clone()
+    y[:, 3] = x[:, 3] / 500  # all else is equal: one has lost it
+    found = token_level([x], [y])
+    assert found["linear_debiased"][0] < 0.5 and found["unit_debiased"][0] == pytest.approx(1)
 
 
 def test_sample_level_compares_z_scored_last_tokens():

@@ -58,13 +58,20 @@ def test_measure_asks_everything_and_tells_the_progress_bar(small, monkeypatch):
 
     other = copy.deepcopy(student)
     other.layers[1].mlp.up_proj.weight.data.mul_(-3)
-    states = evaluate.states_of(evaluation, student)
-    compared = evaluate.measure(evaluation, other, states, progress="degraded")
+    healthy = evaluate.healthy_of(evaluation, student)
+    compared = evaluate.measure(evaluation, other, healthy, progress="degraded")
     assert list(compared.cka) == ["tokens", "samples", "b samples"]
     assert all(len(values) == 2 for kinds in compared.cka.values() for values in kinds.values())
     assert (bars[1].total, bars[1].n) == (8 + 5 + 4, 17)
 
-    quiet = evaluate.measure(evaluation, student, states)
+    quiet = evaluate.measure(evaluation, student, healthy)
+    assert alone.kl == {} and quiet.kl == {"perplexity": 0}
+    kl = []
+    for window in evaluation.windows["perplexity"]:
+        with torch.no_grad():
+            p, q = (m(torch.tensor([window[:-1]]))[0].log_softmax(-1) for m in (student, other))
+        kl.append(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean").item())
+    assert compared.kl == {"perplexity": pytest.approx(sum(kl) / len(kl), rel=1e-4)} and kl[0] > 0
     assert bars[2].disable and torch.equal(quiet.items["perplexity"], alone.items["perplexity"])
     assert all(v == pytest.approx([1, 1]) for kinds in quiet.cka.values() for v in kinds.values())
 

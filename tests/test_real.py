@@ -39,10 +39,10 @@ def test_int4_hurts_and_a_few_steps_of_recovery_help(smollm2, tmp_path):
     assert len(debiased) == 30 and 0.5 < min(debiased) < max(debiased) < 1
 
     run = train.prepare(train.parse([*argv[:-1], str(tmp_path / "again")]))
-    states = evaluate.states_of(run.evaluation, run.teachers["base"])
+    healthy = evaluate.healthy_of(run.evaluation, run.teachers["base"])
     student = GPT.from_pretrained(tmp_path / "student").eval()
     student = quant.compute_in_(student, getattr(torch, run.config.dtype))
-    again = evaluate.measure(run.evaluation, student, states)
+    again = evaluate.measure(run.evaluation, student, healthy)
     assert {metric: again.value(metric) for metric in again.items} == recovered
 
 

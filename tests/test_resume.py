@@ -44,7 +44,9 @@ def left_by(out):
         del line["seconds"]
     r = json.loads((out / "results.json").read_text())
     numbers = {name: r[name] for name in ("stages", "change", "teacher", "cka", "cka_layers",
-                                          "step")}
+                                          "step", "items", "kl")}
+    numbers["along"] = {stage: [p | {"seconds": 0} for p in points]
+                        for stage, points in r["along"].items()}
     guard = {stage: {k: v for k, v in found.items() if k != "seconds"}
              for stage, found in r["guard"].items()}
     weights = {p.parent.name: p.read_bytes() for p in sorted(out.glob("student*/*.safetensors"))}
@@ -60,6 +62,7 @@ RUNS = {
     "lora": "--lora 2 --dtype bfloat16",
     "compressed": "--model {gpt2} --degrade ffn50,wanda,nf4 --teacher healthy,base",
     "cka": "--watch cka --patience 3 --cka-weight 0.5",
+    "along": "--measure-every 3 --interpolate 0.5 --recover own,sft --anchor 1",
     "forgetting": "--forget tooluse --forget-steps 3 --expert-steps 5 --plain",
     "bootstrap": "--model {qwen2} --bootstrap {larger} --expert-steps 5 --degrade int4"}
 

@@ -369,6 +369,24 @@ def test_recover_step_is_the_loss_of_each_side_on_its_own_prompt(loss):
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_the_first_tokens_of_each_answer_can_be_left_out():
+    """Of an answer that is no longer its last token counts."""
+    student, teacher, lines = noisy(tiny()), tiny(), []
+    plain, gradients = copy.deepcopy(student), last_gradients(student)
+    batch = [Prompt([3, 4, 5], [7, 3, 4, 5], [8, 9, 10, 11]), Prompt([6, 5], [6, 5], [12, 13])]
+    recover(student, teacher, [batch], None, skip=2, micro_batch=1, log=lines.append, progress="")
+    parts = []
+    for (prompt, shown, answer), kept in zip(batch, ([2, 3], [1])):
+        s = plain(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]
+        t = teacher(torch.tensor([shown + answer]))[0, len(shown) - 1:-1]
+        parts.append((s[kept], t[kept]))
+    expected = forward_kl(*map(torch.cat, zip(*parts)), torch.ones(3))
+    expected.backward()
+    assert lines[0]["tokens"] == 3 and lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_without_rollouts_the_experts_answers_are_scored():
     """Off-policy distillation: the same step as if the student had answered so."""
     batch, lines, gradients = answered(), [], []
@@ -494,6 +512,22 @@ def test_sft_gradient_is_cross_entropy_on_the_responses_only():
     assert lines[1]["tokens"] == len(losses)
     for name, p in plain.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_anchor_adds_its_kl_to_the_gradient_of_sft():
+    anchor, lines, batch = tiny(), [], answered(3)
+    model = noisy(anchor)
+    plain, gradients = copy.deepcopy(model), last_gradients(model)
+    sft(model, [batch], anchor=anchor, anchor_weight=0.7, micro_batch=2, log=lines.append,
+        progress="")
+    s, t = (torch.cat([m(torch.tensor([p + a]))[0, len(p) - 1:-1] for p, _, a in batch])
+            for m in (plain, anchor))
+    targets = torch.tensor([token for *_, answer in batch for token in answer])
+    expected = F.cross_entropy(s, targets) + 0.7 * forward_kl(s, t, torch.ones(len(s)))
+    expected.backward()
+    assert lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_sft_lowers_cross_entropy():

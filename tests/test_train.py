@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -74,7 +75,15 @@ def test_results_hold_what_the_contract_names(out):
     assert r["stages"]["degraded"]["perplexity"] != r["stages"]["healthy"]["perplexity"]
     for level in ("tokens", "samples"):
         for stage in ("degraded", "recovered"):
-            assert [len(v) for v in r["cka"][level][stage].values()] == [2] * 4
+            assert [len(v) for v in r["cka"][level][stage].values()] == [2] * 5
+    assert r["kl"]["perplexity"].keys() == {"degraded", "recovered"} and r["along"] == {}
+    for stage, items in r["items"].items():
+        right = items["science_phrasing"]
+        assert r["stages"][stage]["science_phrasing"] == pytest.approx(
+            100 * right.count("1") / len(right))
+        nats = list(map(float, items["perplexity"].split()))
+        assert r["stages"][stage]["perplexity"] == pytest.approx(
+            math.exp(sum(nats) / len(nats)), rel=1e-3)
     assert set(r["seconds"]) == {"healthy", "degraded", "asking healthy", "recovered training",
                                 "recovered"}
     assert {"text_sha256", "text_tokens", "data_sha256", "eval_examples",
@@ -99,10 +108,10 @@ def test_what_is_done_is_said_as_it_happens_and_what_was_written_at_the_end(firs
 
 def test_student_loaded_again_gives_the_recovered_numbers_again(folder, out):
     run, found = prepared(folder, out / "again"), results(out)
-    states = evaluate.states_of(run.evaluation, run.teachers["base"])
+    healthy = evaluate.healthy_of(run.evaluation, run.teachers["base"])
     student = GPT.from_pretrained(out / "student").eval()
     student = compute_in_(student, getattr(torch, run.config.dtype))
-    again = evaluate.measure(run.evaluation, student, states)
+    again = evaluate.measure(run.evaluation, student, healthy)
     assert {m: again.value(m) for m in again.items} == found["stages"]["recovered"]
     assert again.cka == {level: stages["recovered"] for level, stages in found["cka"].items()}
 
@@ -286,6 +295,42 @@ def test_ways_of_training(options, dtype, folder, tmp_path):
 
 
 # --------------------------------------------------------------------- teachers, ways, histories
+
+@pytest.mark.parametrize("options", ["--lora 2", "--degrade none --recover sft --anchor 0.5"])
+def test_a_recovery_is_measured_on_its_way_and_between_its_two_ends(options, folder, tmp_path):
+    """Which changes nothing of it. Halfway of the way is a model of its own."""
+    assert job(folder, tmp_path / "a", *options.split(), "--steps", "5", "--measure-every", "2",
+               "--interpolate", ".0001,.5,.9999") == 0
+    assert job(folder, tmp_path / "b", *options.split(), "--steps", "5") == 0
+    a, b = results(tmp_path / "a"), results(tmp_path / "b")
+    assert a["stages"] == b["stages"] and a["cka"] == b["cka"]
+    points = a["along"]["recovered"]
+    assert [(p["step"], p["part"]) for p in points] == [
+        (2, None), (4, None), (5, 0.0001), (5, 0.5), (5, 0.9999), (5, None)]
+    assert points[-1]["values"] == a["stages"]["recovered"]
+    assert points[-1]["items"] == a["items"]["recovered"]
+    assert points[-1]["kl"]["perplexity"] == a["kl"]["perplexity"]["recovered"]
+    last = a["cka"]["tokens"]["recovered"]["linear"]
+    assert points[-1]["cka"]["tokens"]["linear"] == [last[-1], sum(last) / len(last)]
+    kl = [p["kl"]["perplexity"] for p in points]
+    assert kl[2] == pytest.approx(a["kl"]["perplexity"].get("degraded", 0), abs=1e-5)
+    assert kl[4] == pytest.approx(kl[5], rel=1e-2) and len(set(kl)) == 6
+    assert 0 < points[0]["seconds"] < points[1]["seconds"] < points[-1]["seconds"]
+
+
+def test_own_answers_are_what_the_teacher_says_with_the_demonstration_before_it(folder, tmp_path):
+    run = prepared(folder, tmp_path, "--recover", "own")
+    lesson, = run.recoveries
+    teacher = run.teachers["base"]
+    batches = train.own_answers(run, teacher, lesson)
+    for batch, before in zip(batches, lesson.batches):
+        said = generate(teacher, [p.teacher for p in before], 6, temperature=0,
+                        eos_id=run.evaluation.tokenizer.eos_ids)
+        assert batch == [p._replace(answer=a) for p, a in zip(before, said)] != before
+    assert job(folder, tmp_path, "--recover", "own", "--lr", "1e-2") == 0
+    lines = logged(tmp_path)
+    assert len(lines) == 3 and lines[-1]["loss"] < lines[0]["loss"]
+
 
 @pytest.mark.parametrize("recover", ["kd", "sft", "none"])
 def test_baselines(recover, folder, tmp_path):

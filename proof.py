@@ -14,7 +14,7 @@ import parallel
 import train
 from damage import damage_
 from model import GPT, frozen_copy
-from prepare import prepare
+from prepare import parts_of, prepare
 
 # ------------------------------------------------------------------------------------- beforehand
 
@@ -25,6 +25,9 @@ STEPS = 3    # steps that are taken to see how long all take
 def dry_run(c):
     """Read and check everything; try a part of each stage; print what the whole would take."""
     run, times = prepare(c), {}
+    points = len(range(c.measure_every, c.steps, c.measure_every)) if c.measure_every else 0
+    points += len(parts_of(c))
+    c.measure_every, c.interpolate = 0, ""  # a point takes what the measuring of a stage does
     with tempfile.TemporaryDirectory() as c.out:  # of this process alone
         run.teachers["healthy"] = run.teachers["base"]
         student, run.student = run.student, None
@@ -37,6 +40,7 @@ def dry_run(c):
         if trained:
             training = time_to_train(run, student, trained[0])
             times["training"] = training * len(trained)
+    times["along"] = times["degraded"][0] * points * len(trained)
     show_plan(run, times)
     return 0
 
@@ -97,6 +101,7 @@ def show_plan(run, times):
     stages = sum(lesson.how != "none" for lesson in run.recoveries)
     history = [lesson for lesson in (run.expert, run.forgetting) if lesson]
     measuring = times["healthy"][0] + times["degraded"][0] * (1 + stages + bool(run.expert))
+    measuring += times["along"]
     training = times.get("training", 0.0)
     if history and stages:  # a step of theirs takes about as long
         steps = sum(len(lesson.batches) for lesson in history)

@@ -285,6 +285,7 @@ TOGETHER = {
     "a_way_of_recovery_twice": ("--recover sdft,sdft", "twice"),
     "a_teacher_twice": ("--teacher base,base", "twice"),
     "an_empty_teacher": ("--teacher base,", "empty"),
+    "a_part_of_the_way_beyond_its_end": ("--interpolate 0.5,1.5", "--interpolate 0.5,1.5"),
     "balance_of_no_weight": ("--cka-balance", "--cka-weight"),
     "patience_over_three_examples": ("--watch cka --calibration 3", "--calibration"),
     "a_run_over_its_own_model": (

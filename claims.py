@@ -278,11 +278,16 @@ def paper(experiment, task, metric):
 
 
 def with_mean(runs):
-    """The runs; where all of the general tests were measured, with their mean as one more."""
+    """The runs; where all of the general tests were measured, with their mean as one more, which is
+    better or worse if more of them are the one than the other."""
+    sign = {"better": 1, "worse": -1}
     for results in runs:
         if all(metric in results["stages"]["healthy"] for metric in GENERAL):
             for values in results["stages"].values():
                 values["general_mean"] = sum(values[m] for m in GENERAL) / len(GENERAL)
+            for changes in results["change"].values():
+                total = sum(sign.get(changes[m], 0) for m in GENERAL)
+                changes["general_mean"] = "better" if total > 0 else "worse" if total else "same"
     return runs
 
 
@@ -323,20 +328,19 @@ def forgetting_cells(runs, stage):
 
 def bootstrap_table(folder):
     """Table 5: a small model, itself as teacher, and a larger one first."""
-    rows, used = [], []
     steps = (("healthy", 0, "small", "3B: 32.0 / 30.8"), ("recovered", 0, "direct", "50.5 / 54.2"),
              ("healthy", 1, "two-stage, after the first", ""),
              ("recovered", 1, "two-stage, at the end", "67.0 / 63.1"))
-    for model, suffix in MODELS.items():
-        for stage, n, title, theirs in steps:
-            runs = runs_of(folder, f"table5{suffix}/{n}")
-            used += [runs]
-            if runs:
-                metrics = [m for m in runs[0]["stages"]["healthy"]]
-                cells = ", ".join(f"{m} {value(runs, m, stage)}" for m in metrics)
-                said = verdict(runs, "science_phrasing", stage)
-                rows.append([f"{model}, {title}", cells, number(runs), said, theirs])
-    header = ["", "metrics", "n", "verdict, science", "the paper, Tooluse / Science"]
+    found = [(f"{model}, {title}", stage, theirs, runs_of(folder, f"table5{suffix}/{n}"))
+             for model, suffix in MODELS.items() for stage, n, title, theirs in steps]
+    found = [row_of for row_of in found if row_of[-1]]
+    used = [runs for *_, runs in found]
+    metrics = tables.common_metrics([("", r) for runs in used for r in runs]) if used else []
+    rows = [[title, *(value(runs, m, stage) for m in metrics), number(runs),
+             verdict(runs, "science_phrasing", stage), theirs]
+            for title, stage, theirs, runs in found]
+    header = ["", *map(evaluate.metric_title, metrics), "n", "verdict, science",
+              "the paper, Tooluse / Science"]
     return listed(header, rows, used)
 
 

@@ -8,6 +8,7 @@ healthy model, their mean. A method is a run's options but for learning rate and
 are averaged over seeds. What is chosen (a learning rate, which points lie on a method's front) is
 chosen on the even items of each test, and what is reported is read on the odd ones.
 """
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,7 @@ class Point:
     healthy: dict     # the same of the healthy model
     start: dict       # and of the model that training began with
     kl: dict          # text -> KL(healthy || model), nats per token
+    start_kl: dict    # the same of the model that training began with
 
 
 # ---------------------------------------------------------------------------------------- Points
@@ -48,25 +50,36 @@ def scenes(runs):
             for point in points_of(stage, results):
                 key = point.method, point.rate, point.step, point.part
                 scene.setdefault(key, []).append(point)
-    return {key: list(map(averaged, scene.values())) for key, scene in found.items()}
+    return {key: shortened(list(map(averaged, scene.values()))) for key, scene in found.items()}
+
+
+def shortened(points):
+    """The same points, their methods named without the options that all of them have."""
+    options = {p.method: re.split(" (?=--)", p.method) for p in points}
+    shared = set.intersection(*map(set, options.values())) if len(options) > 1 else set()
+    for p in points:
+        p.method = " ".join(o for o in options[p.method] if o not in shared) or "sdft"
+    return points
 
 
 def points_of(stage, results):
     """Every Point of one recovery, of one seed."""
     config, items = results["config"], results["items"]
     rate = config["lr"] or config["lr_fraction"]
-    own = method_of(config, stage)
-    spent = results["seconds"].get(f"{stage} training", 0.0)
-    at_end = {text: of_stage.get(stage, np.nan) for text, of_stage in results["kl"].items()}
+    own, along = method_of(config, stage), results["along"].get(stage, [])
+    spent = {p["step"]: p["seconds"] for p in along if p["part"] is None}.get(
+        config["steps"], results["seconds"].get(f"{stage} training", 0.0))
+    at_end, at_start = ({text: kl.get(name, default) for text, kl in results["kl"].items()}
+                        for name, default in ((stage, np.nan), ("degraded", 0.0)))
     before = [accuracies(items[name]) for name in ("healthy", "degraded")]
     found = [Point(own, rate, config["steps"], 1.0, 1, spent, accuracies(items[stage]), *before,
-                   at_end)]
-    for p in results["along"].get(stage, []):
-        name = own if p["part"] is None else f"{own}, interpolated"
+                   at_end, at_start)]
+    for p in along:
+        name = own if p["part"] is None else f"{own} --interpolate"
         part = 1.0 if p["part"] is None else p["part"]
         if (p["step"], part) != (config["steps"], 1.0):  # that is the end
             found.append(Point(name, rate, p["step"], part, 1, p["seconds"],
-                               accuracies(p["items"]), *before, p["kl"]))
+                               accuracies(p["items"]), *before, p["kl"], at_start))
     return found
 
 
@@ -80,7 +93,7 @@ def method_of(config, stage="recovered"):
     same = {name: getattr(default, name) for name in ("lr", "lr_fraction", "data")}
     name = tables.name_of(config | same | {"degrade": "none"}).replace("--degrade none", "")
     way = stage.removeprefix("recovered").removeprefix("_")
-    return " ".join([*name.split(), *way.split()]) or "sdft"
+    return " ".join([*name.split(), *way.split()])
 
 
 def accuracies(items):
@@ -101,7 +114,7 @@ def averaged(points):
     return Point(p.method, p.rate, p.step, p.part, len(points),
                  float(np.mean([q.seconds for q in points])),
                  *(mean([getattr(q, name) for q in points])
-                   for name in ("items", "healthy", "start", "kl")))
+                   for name in ("items", "healthy", "start", "kl", "start_kl")))
 
 
 # ----------------------------------------------------------------------------- Gain and retention
@@ -111,78 +124,85 @@ def trained(point, data):
     return [m for m in point.items if m.startswith(tuple(f"{t}_" for t in data.split(",")))]
 
 
-def gain(point, data, part, draw=None):
-    """Points of accuracy that the trained task gained over the start, on this part of the items.
-
-    draw: {metric: indices into that part}, for a bootstrap; {} and None: all of it.
-    """
-    return float(np.mean([percent(point.items, m, part, draw) - percent(point.start, m, part, draw)
-                          for m in trained(point, data)]))
-
-
-def retention(point, data, part, draw=None, metric=None):
-    """The mean change of the other accuracies against the healthy model, or of one of them."""
-    others = [metric] if metric else retained(point, data)
-    changes = [percent(point.items, m, part, draw) - percent(point.healthy, m, part, draw)
-               for m in others]
-    return float(np.mean(changes))
-
-
 def retained(point, data):
     """The metrics of what was not trained on."""
     mine = trained(point, data)
     return [m for m in point.items if m not in mine]
 
 
-def percent(items, metric, part, draw):
-    """A metric's mean over a part of its items, or a draw of them, in percent."""
-    values = items[metric][part]
-    return 100 * (values[draw[metric]] if draw else values).mean()
+def weights_of(point, part, samples=0):
+    """{metric: [n, 1 + samples]}: how much each item of a part counts, all alike in the first
+    column, and as often as it is drawn, with replacement, in the others (seed 0)."""
+    rng, found = np.random.default_rng(0), {}
+    for metric, values in point.items.items():
+        n = len(values[part])
+        draws = rng.multinomial(n, np.full(n, 1 / n), size=samples)
+        found[metric] = np.vstack([np.ones((1, n)), draws]).T / n
+    return found
+
+
+def change(items, before, metrics, part, weights):
+    """Points of accuracy, the mean over metrics, from one model's items to another's, by weights:
+    [columns].
+
+    >>> once = {"a": np.full((2, 1), 0.5)}
+    >>> change({"a": np.array([1, 0, 1, 1])}, {"a": np.zeros(4)}, ["a"], SCORED, once)
+    array([50.])
+    """
+    found = [100 * (items[m][part] - before[m][part]) @ weights[m] for m in metrics]
+    return np.mean(found, 0)
+
+
+def gain(point, data, part):
+    """What the trained task gained over the start, on this part of the items."""
+    metrics, weights = trained(point, data), weights_of(point, part)
+    return float(change(point.items, point.start, metrics, part, weights)[0])
+
+
+def retention(point, data, part):
+    """The mean change of the other accuracies against the healthy model."""
+    metrics, weights = retained(point, data), weights_of(point, part)
+    return float(change(point.items, point.healthy, metrics, part, weights)[0])
 
 
 def front(points, data):
     """The points that no other of their method beats in both gain and retention, on the items that
-    choose; by gain, those below the start's left out."""
+    choose; without those that gained nothing."""
     scored = [(gain(p, data, CHOSEN), retention(p, data, CHOSEN), p) for p in points]
     found, best = [], -np.inf
-    for g, kept, p in sorted(scored, key=lambda x: (-x[0], -x[1])):
-        if g > 0 and kept > best:
+    for gained, kept, p in sorted(scored, key=lambda x: (-x[0], -x[1])):
+        if gained > 0 and kept > best:
             found.append(p)
             best = kept
     return found[::-1]
 
 
-def read(line, wanted):
-    """The value at a wanted gain along [(gain, value), …], by linear interpolation; nan beyond the
-    last. Its first point is the start of training.
+def read(gains, values, wanted):
+    """The value at a wanted gain along points of a front, by linear interpolation; nan beyond the
+    greatest gain.
 
-    >>> read([(0, 0.0), (10, -2.0), (20, -6.0)], 15.0)
+    >>> read([20, 0, 10], [-6.0, 0.0, -2.0], 15.0)
     -4.0
     """
-    x, y = np.array(sorted(line)).T
+    x, y = np.array(sorted(zip(gains, values))).T
     return float(np.interp(wanted, x, y)) if wanted <= x[-1] + 1e-9 else float("nan")
 
 
-def line_of(points, data, value, at_start, draw=None):
-    """[(gain, value(point)), …] of a front on the items that score, from (0, at_start) on."""
-    return [(0.0, at_start), *((gain(p, data, SCORED, draw), value(p)) for p in points)]
+def retained_at(points, data, wanted, metrics, weights):
+    """Retention (of these metrics) of a front at a wanted gain, on the items that score: [columns].
+    A front begins at (0, what the start retains)."""
+    first, mine = points[0], trained(points[0], data)
+    x = [change(p.items, p.start, mine, SCORED, weights) for p in points]
+    y = [change(p.items, p.healthy, metrics, SCORED, weights) for p in points]
+    x.append(np.zeros_like(x[0]))
+    y.append(change(first.start, first.healthy, metrics, SCORED, weights))
+    return np.array([read(*xy, wanted) for xy in zip(np.array(x).T, np.array(y).T)])
 
 
-def retained_at(points, data, wanted, draw=None, metric=None):
-    """Retention of a front at a wanted gain."""
-    p = points[0]
-    start = Point(p.method, 0, 0, 0, 1, 0, p.start, p.healthy, p.start, {})
-    value = retention(start, data, SCORED, draw, metric)
-    return read(line_of(points, data, lambda p: retention(p, data, SCORED, draw, metric), value,
-                        draw), wanted)
-
-
-def drawn_items(point, samples):
-    """Draws of the scored items with replacement, {metric: indices}: the same for every method."""
-    rng = np.random.default_rng(0)
-    sizes = {metric: len(values[SCORED]) for metric, values in point.items.items()}
-    for _ in range(samples):
-        yield {metric: rng.integers(n, size=n) for metric, n in sizes.items()}
+def kl_at(points, data, wanted, text):
+    """KL(healthy || student) on a text, of a front at a wanted gain."""
+    gains = [0.0, *(gain(p, data, SCORED) for p in points)]
+    return read(gains, [points[0].start_kl[text], *(p.kl[text] for p in points)], wanted)
 
 
 def difference(one, other, data, wanted, samples=1000):
@@ -191,13 +211,13 @@ def difference(one, other, data, wanted, samples=1000):
 
     A draw in which one falls short of that gain is left out.
     """
-    value = retained_at(one, data, wanted) - retained_at(other, data, wanted)
-    if np.isnan(value):
+    weights, metrics = weights_of(one[0], SCORED, samples), retained(one[0], data)
+    a, b = (retained_at(points, data, wanted, metrics, weights) for points in (one, other))
+    if np.isnan(a[0] - b[0]):
         return ""
-    found = [retained_at(one, data, wanted, draw) - retained_at(other, data, wanted, draw)
-             for draw in drawn_items(one[0], samples)]
-    low, high = tables.bounds(found)
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+    low, high = tables.bounds(list((a - b)[1:]))
+    value, low, high = (tables.rounded(x, 1, "+") for x in (a[0] - b[0], low, high))
+    return f"{value} [{low}, {high}]"
 
 
 # ------------------------------------------------------------------------------------------ Tables
@@ -212,50 +232,52 @@ def fronts_of(points, data):
 def reference(methods):
     """Which of the methods the others are compared with: the plainest sft, or the first.
 
-    >>> reference(["--demo quote", "--anchor 1.0 --recover sft", "--recover sft"])
+    >>> reference(["--demo quote", "--recover sft --anchor 1.0", "--recover sft"])
     '--recover sft'
     """
-    plain = sorted((m for m in methods if m.split()[-1] == "sft"), key=len)
+    plain = sorted((m for m in methods if re.search(r"--recover sft(?!\S)", m)), key=len)
     return plain[0] if plain else next(iter(methods))
 
 
 def gains_table(runs):
-    """Retention at equal gain: a row for each method and share of the best gain of all."""
+    """Retention at equal gain: a table for each task and damage, a row for each method and share of
+    the best gain of all methods."""
     lines = []
     for (data, damage), points in scenes(runs).items():
-        found = fronts_of(points, data)
+        found = fronts_of(points, data) if retained(points[0], data) else {}
         if found:
-            best = max(gain(p, data, SCORED) for front in found.values() for p in front)
-            lines += gain_rows(found, data, damage, best)
-    return "\n".join(lines)
+            origin = "the healthy model" if damage == "none" else f"`{damage}`"
+            lines += ["", f"Trained on {data}, from {origin}: {len(points)} points of "
+                      f"{len(found)} methods.", "", *gain_rows(found, data)]
+    return "\n".join(lines).lstrip()
 
 
-def gain_rows(found, data, damage, best):
-    """One scene's part of `gains_table`, with a heading of its own."""
+def gain_rows(found, data):
+    """One table of `gains_table`."""
     base, first = reference(found), next(iter(found.values()))[0]
-    others = retained(first, data)
+    best = max(gain(p, data, SCORED) for points in found.values() for p in points)
+    others, once = retained(first, data), weights_of(first, SCORED)
     header = ["method", "at a gain of", "retention", f"less that of `{base}`", *others,
               *(f"KL, {text}" for text in first.kl), "points on the front"]
-    lines = ["", f"{data}, from {damage}: the best gain is {best:.1f} points", "",
-             "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for share in SHARES:
         for method, points in found.items():
             at = share * best
-            each = [retained_at(points, data, at, metric=m) for m in (None, *others)]
-            kl = [read(line_of(points, data, lambda p, t=text: p.kl[t], 0.0), at)
-                  for text in first.kl]
+            each = [retained_at(points, data, at, metrics, once)[0]
+                    for metrics in (others, *([m] for m in others))]
+            kl = [kl_at(points, data, at, text) for text in first.kl]
             told = "" if method == base else difference(points, found[base], data, at)
             cells = [f"`{method}`", f"{at:.1f} ({share:.0%})", shown(each[0]), told,
                      *map(shown, each[1:]), *(shown(x, 3) for x in kl), str(len(points))]
             lines.append("| " + " | ".join(cells) + " |")
-    return lines if damage != "none" else [line.replace(", from none", "") for line in lines]
+    return lines
 
 
 def shown(value, digits=1):
     """A number with its sign (KL: without), or a dash where the front ends before."""
     if np.isnan(value):
         return "–"
-    return f"{value:+.{digits}f}" if digits == 1 else f"{value:.{digits}f}"
+    return tables.rounded(value, digits, "+" if digits == 1 else "")
 
 
 def tuned_table(runs):

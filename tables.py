@@ -365,11 +365,20 @@ def with_interval(members, statistic):
     >>> with_interval([np.array([i]) for i in range(4)], lambda i: i.mean())
     '1.50'
     """
-    value = f"{statistic(np.concatenate(members)):.2f}"
+    value = rounded(statistic(np.concatenate(members)))
     if len(members) < 5:
         return value
     low, high = bounds(bootstrap(members, statistic))
-    return f"{value} [{low:.2f}, {high:.2f}]"
+    return f"{value} [{rounded(low)}, {rounded(high)}]"
+
+
+def rounded(value, digits=2, sign=""):
+    """A number as text, its nought without a minus; sign: "+" for one before what is above it.
+
+    >>> rounded(-0.001), rounded(0.25, 1, "+")
+    ('0.00', '+0.2')
+    """
+    return f"{round(value, digits) + 0:{sign}.{digits}f}"
 
 
 def bootstrap(members, statistic, samples=1000):
@@ -510,6 +519,7 @@ def verdict_on(members, difference):
     shown, word = with_interval(members, difference), "not known"
     if len(members) >= 5:
         low, high = bounds(bootstrap(members, difference))
+        low, high = round(low, 2), round(high, 2)
         word = "unit norm" if low > 0 else "plain" if high < 0 else "no difference"
     return f"{shown} | {word}"
 

@@ -6,7 +6,6 @@ from test_tables import write
 
 import damage
 import experiments
-import kept
 import prepare
 import train
 from experiments import EXPERIMENTS, with_options

@@ -128,3 +128,65 @@ def test_what_was_forgotten_is_the_damage_of_a_point(tmp_path):
     write(tmp_path / "b", 0, 40.0, degrade="none", forget="science", degraded=21.0)
     damages = [damage for *_, damage in tables.points(tables.read_runs([tmp_path]))]
     assert sorted(set(damages)) == ["forget science", "forget tooluse"]
+
+
+# --------------------------------------------------------------------- CKA on the way of a recovery
+
+def on_the_way(folder, i, rises):
+    """A run of six points whose CKA over samples, of unit norm, is a line in accuracy, and whose
+    plain CKA rises with it or falls."""
+    write(folder, i, 40.0, degraded=20.0, degrade=f"int{2 + i}")
+    results = json.loads((folder / "results.json").read_text())
+
+    def kinds(k):
+        plain = 0.5 + k / 20 if rises else 0.9 - k / 20
+        return {"linear_debiased": plain, "unit_debiased": 0.6 + k / 20, "rbf_debiased": 0.5}
+    for level in results["cka"].values():
+        level["degraded"] |= {kind: [v, v] for kind, v in kinds(0).items()}
+        level["recovered"] |= {kind: [v, v] for kind, v in kinds(5).items()}
+    points = []
+    for k in (3, 1, 2, 5, 4):
+        cka = {level: {kind: [v, v] for kind, v in kinds(k).items()} for level in results["cka"]}
+        values = {"task": 20.0 + 4 * k, "perplexity": 20.0 * math.exp(-k)}
+        points.append({"step": 5 * k, "part": None, "seconds": 1.0 * k, "values": values,
+                       "items": {}, "kl": {}, "cka": cka})
+    points.append(points[0] | {"part": 0.5, "values": {"task": 0.0, "perplexity": 1.0}})
+    results["along"] = {"recovered": points}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_within_recoveries_r_is_that_of_each_runs_own_points(tmp_path):
+    """Levels that differ from run to run tell nothing, and weights between start and end are not on
+    the way."""
+    for i in range(6):
+        on_the_way(tmp_path / str(i), i, rises=i < 3)
+    runs = tables.read_runs([tmp_path])
+    assert all(len(way) == 6 for way in tables.ways(runs))
+    table = tables.within_table(runs)
+    for metric in ("task", "perplexity"):  # minus its logarithm, a line, too
+        assert f"| samples | unit, debiased | last | {metric} | 6 | 1.00 [1.00, 1.00] |" in table
+    row = next(line for line in table.splitlines()
+               if line.startswith("| tokens | linear, debiased | mean | task |"))
+    assert "| 6 | 0.00 [" in row  # three of 1, three of -1
+    assert "| samples | rbf, debiased | last | task | 0 | nan |" in table  # it does not vary
+    follows = tables.follows_table(runs)
+    row = next(line for line in follows.splitlines()
+               if line.startswith("| recoveries | samples | last | task |"))
+    assert "| 6 | 0.00 | 1.00 | 1.00 [" in row
+
+
+@pytest.mark.parametrize("rises, word", [(False, "unit norm"), (True, "no difference")])
+def test_what_follows_is_told_by_an_interval_off_nought(rises, word, tmp_path):
+    for i in range(6):
+        on_the_way(tmp_path / str(i), i, rises)
+    follows = tables.follows_table(tables.read_runs([tmp_path]))
+    row = next(line for line in follows.splitlines()
+               if line.startswith("| recoveries | samples | last | task |"))
+    assert row.endswith(f"| {word} |")
+
+
+def test_old_files_have_no_way(tmp_path):
+    write(tmp_path / "a", 0, 40.0)
+    runs = tables.read_runs([tmp_path])
+    assert tables.within_table(runs) == tables.follows_table(runs) == "" == (
+        tables.correlation_table(runs))

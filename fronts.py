@@ -63,23 +63,21 @@ def shortened(points):
 
 
 def points_of(stage, results):
-    """Every Point of one recovery, of one seed."""
-    config, items = results["config"], results["items"]
-    rate = config["lr"] or config["lr_fraction"]
-    own, along = method_of(config, stage), results["along"].get(stage, [])
-    spent = {p["step"]: p["seconds"] for p in along if p["part"] is None}.get(
-        config["steps"], results["seconds"].get(f"{stage} training", 0.0))
-    at_end, at_start = ({text: kl.get(name, default) for text, kl in results["kl"].items()}
-                        for name, default in ((stage, np.nan), ("degraded", 0.0)))
+    """Every Point of one recovery, of one seed: those on its way, or its end where there are none;
+    and those between its start and its end."""
+    config, items, kl = results["config"], results["items"], results["kl"]
+    rate, own = config["lr"] or config["lr_fraction"], method_of(config, stage)
     before = [accuracies(items[name]) for name in ("healthy", "degraded")]
-    found = [Point(own, rate, config["steps"], 1.0, 1, spent, accuracies(items[stage]), *before,
-                   at_end, at_start)]
-    for p in along:
-        name = own if p["part"] is None else f"{own} --interpolate"
-        part = 1.0 if p["part"] is None else p["part"]
-        if (p["step"], part) != (config["steps"], 1.0):  # that is the end
-            found.append(Point(name, rate, p["step"], part, 1, p["seconds"],
-                               accuracies(p["items"]), *before, p["kl"], at_start))
+    at_start = {text: of_stage.get("degraded", 0.0) for text, of_stage in kl.items()}
+    end = {"step": config["steps"], "part": None, "items": items[stage],
+           "seconds": results["seconds"].get(f"{stage} training", 0.0),
+           "kl": {text: of_stage.get(stage, np.nan) for text, of_stage in kl.items()}}
+    between = [p for p in results["along"].get(stage, []) if p["part"] is not None]
+    found = []
+    for p in [*(tables.measured_on_the_way(results, stage) or [end]), *between]:
+        name, part = (own, 1.0) if p["part"] is None else (f"{own} --interpolate", p["part"])
+        found.append(Point(name.strip(), rate, p["step"], part, 1, p["seconds"],
+                           accuracies(p["items"]), *before, p["kl"], at_start))
     return found
 
 
@@ -281,7 +279,8 @@ def shown(value, digits=1):
 
 
 def tuned_table(runs):
-    """Each method at the learning rate of the best gain on the items that choose, at its end."""
+    """Each method at the learning rate of the best gain on the items that choose, at its last
+    step."""
     lines = ["| trained on | from | method | rate | gain | retention | KL | seconds | seeds |",
              "|" + "---|" * 9]
     for (data, damage), points in scenes(runs).items():

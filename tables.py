@@ -404,8 +404,7 @@ def ways(runs):
     …], CKA {level: {kind: [last layer, mean of layers]}}; those of 4 points or more."""
     found = []
     for _, stage, results in runs:
-        measured = [p for p in results["along"].get(stage, []) if p["part"] is None]
-        way = [(p["values"], p["cka"]) for p in sorted(measured, key=lambda p: p["step"])]
+        way = [(p["values"], p["cka"]) for p in measured_on_the_way(results, stage)]
         damaged = {level: {kind: [last_layer(v), mean_of_layers(v)] for kind, v in kinds.items()}
                    for level, stages in results["cka"].items()
                    for kinds in [stages.get("degraded", {})] if kinds}
@@ -414,6 +413,16 @@ def ways(runs):
         if len(way) >= 4:
             found.append(way)
     return found
+
+
+def measured_on_the_way(results, stage):
+    """The points of a recovery by step, each step once and none at step 0. Its end is the last of
+    them in the file, under the step whose weights were kept."""
+    found = {}
+    for point in results["along"].get(stage, []):
+        if point["part"] is None and point["step"]:
+            found.setdefault(point["step"], point)
+    return [found[step] for step in sorted(found)]
 
 
 def way_r(way, level, kind, layers, metric):

@@ -34,6 +34,9 @@ def put(folder, name, end, along=(), seed=0, **options):
     points = [{"step": 10 * (i + 1), "part": None, "seconds": 5.0, "values": values, "cka": {},
                "items": items(*point), "kl": {"perplexity": point[0] / 100}}
               for i, point in enumerate(along)]
+    if along:  # the student that was left, under the step that was kept
+        points.append(points[0] | {"step": 40, "items": items(*end), "seconds": 20.0,
+                                   "kl": {"perplexity": end[0] / 100}})
     results = {
         "config": config, "stages": dict.fromkeys(("healthy", "degraded", "recovered"), values),
         "cka": {}, "kl": {"perplexity": {"recovered": end[0] / 100}},
@@ -59,6 +62,19 @@ def test_points_are_methods_rates_and_checkpoints(runs):
         ("--recover sft", 1e-3, 10), ("--recover sft", 1e-3, 20), ("--recover sft", 1e-3, 40),
         ("--recover sft", 5e-4, 10), ("--recover sft", 5e-4, 40),
         ("sdft", 5.2e-4, 10), ("sdft", 5.2e-4, 20), ("sdft", 5.2e-4, 40)}
+
+
+def test_weights_that_were_put_back_are_no_point(tmp_path):
+    """The guard kept step 0: the end is the start again; a kept step that was measured counts
+    once."""
+    for name, kept in (("0", 0), ("1", 10)):
+        put(tmp_path, name, (40, 60), [(20, 70)], recover="sft", lr_fraction=10.0 ** -kept)
+        file = tmp_path / f"{name}-0.json"
+        results = json.loads(file.read_text())
+        results["along"]["recovered"][-1]["step"] = kept
+        file.write_text(json.dumps(results))
+    (_, points), = fronts.scenes(tables.read_runs([tmp_path])).items()
+    assert sorted((p.rate, p.step, p.seconds) for p in points) == [(1e-10, 10, 5.0), (1, 10, 5.0)]
 
 
 def test_gain_is_the_tasks_and_retention_the_mean_of_the_others(runs):

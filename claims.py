@@ -390,11 +390,22 @@ def read_all(folder, *experiments):
     return tables.read_runs(there) if there else []
 
 
-def runs_table(folder, make, experiments):
-    """One of tables.py's tables of these experiments' runs."""
-    runs = read_all(folder, *experiments)
+def runs_table(folder, make, experiments, only=None):
+    """One of tables.py's tables of these experiments' runs, of those alone that only() holds of."""
+    runs = [run for run in read_all(folder, *experiments) if not only or only(run[-1])]
     made, results = runs and make(runs), {id(r): r for _, _, r in runs}
     return made + "\n\n" + paragraph(provenance([results.values()])) if made else ""
+
+
+def has_a_way(results):
+    """Whether a recovery of this run was measured on its way."""
+    return bool(results["along"])
+
+
+def has_unit_norm(results):
+    """Whether this run compared tokens of unit norm, too."""
+    return any("unit_debiased" in kinds for stages in results["cka"].values()
+               for kinds in stages.values())
 
 
 def sweep_performance(runs):
@@ -414,13 +425,13 @@ def sweep_performance(runs):
     return "\n".join(lines)
 
 
-def per_model(name, make, *experiments):
+def per_model(name, make, *experiments, only=None):
     """{table's name: function of the folder}, for SmolLM2 and, with its suffix, for Qwen."""
-    return {name + suffix: partial(runs_table, make=make, experiments=[
+    return {name + suffix: partial(runs_table, make=make, only=only, experiments=[
         experiment + suffix for experiment in experiments]) for suffix in MODELS.values()}
 
 
-RECOVERIES = "default", "damages", "fp4", "table1", "table2", "table4", "baselines"
+RECOVERIES = "default", "damages", "fp4", "table1", "table2", "table4", "baselines", "along"
 TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     "default": default_table, "damages": damages_table, "scales": scales_table,
     "rates": rates_table, "teachers": teachers_table, "demos": demos_table, "text": text_table,
@@ -430,8 +441,8 @@ TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     "baselines": baselines_table, "settings": settings_table,
     **per_model("sweep", sweep_performance, "sweep"),
     **per_model("correlations", tables.correlation_table, "sweep"),
-    **per_model("within", tables.within_table, *RECOVERIES),
-    **per_model("follows", tables.follows_table, "sweep", *RECOVERIES),
+    **per_model("within", tables.within_table, *RECOVERIES, only=has_a_way),
+    **per_model("follows", tables.follows_table, "sweep", *RECOVERIES, only=has_unit_norm),
     **per_model("fair", fronts.gains_table, "fair"),
     **per_model("fair-tuned", fronts.tuned_table, "fair")}
 
@@ -499,7 +510,8 @@ def rising_claim(folder):
                         for (stage, _), c in zip(found, cka)))
     word = "yes" if min(rose) > 0.75 * len(found) else "no" if max(rose) < 0.5 * len(found) else (
         "in part")
-    return f"over tokens in {rose[0]}, over samples in {rose[1]} of {len(found)} recoveries", word
+    return (f"both models: over tokens in {rose[0]}, over samples in {rose[1]} of {len(found)} "
+            "recoveries"), word
 
 
 def order_claim(folder):
@@ -523,7 +535,7 @@ CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () whe
     ("NF4, science (Table 2)", PAPER["table2", "science"],
      partial(claimed, metric="science_phrasing", where="table2/0|default/1")),
     ("a tenth of the FFN, science (Table 4)", PAPER["table4", "science"],
-     partial(claimed, metric="science_phrasing", where="table4/0|default/2|damages/1")),
+     partial(claimed, metric="science_phrasing", where="table4/0|default/2")),
     ("NF4, tool calls (Table 2)", PAPER["table2", "tooluse"],
      partial(claimed, metric="tooluse_request", where="table2/1")),
     ("NF4, general ability (Table 3)", PAPER["table2", "general"],

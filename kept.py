@@ -139,7 +139,7 @@ def listed(header, rows, used, below=""):
 
 def row(cells):
     """A line of a Markdown table."""
-    return ("| " + " | ".join(cells) + " |").replace("|  |", "| |")
+    return re.sub(r"\|  (?=\|)", "| ", "| " + " | ".join(cells) + " |")
 
 
 def paragraph(*sentences):

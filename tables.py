@@ -443,8 +443,9 @@ def within_table(runs):
     for level, layers, metric in combinations_of(found):
         for kind in common_kinds([x for way in found for _, x in way], level):
             r = r_of_ways(found, level, kind, layers, metric)
-            cells = [level, kind.replace("_", ", "), layers, metric, len(r), mean_of_runs(r)]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            if len(r):
+                cells = [level, kind.replace("_", ", "), layers, metric, len(r), mean_of_runs(r)]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -462,9 +463,7 @@ def r_of_ways(found, level, kind, layers, metric):
 
 
 def mean_of_runs(values):
-    """'mean [low, high]' over runs, by bootstrap; 'nan' of none."""
-    if not len(values):
-        return "nan"
+    """'mean [low, high]' over runs, by bootstrap."""
     return with_interval([np.array([i]) for i in range(len(values))], lambda i: values[i].mean())
 
 

@@ -257,3 +257,23 @@ def test_a_sweep_gives_its_damages_and_their_correlations(tmp_path):
     assert wanted in correlations
     assert "Qwen: Spearman 1.00 with perplexity, 1.00 with accuracy" in claims.claims(tmp_path, "")
     assert claims.TABLES["sweep"](tmp_path) == claims.TABLES["correlations"](tmp_path) == ""
+
+
+def test_runs_of_before_do_not_hide_those_measured_on_their_way(tmp_path):
+    """A kept run without unit norm and way stands beside six that have them."""
+    put(tmp_path, "default/0-0", made_up(three(task=(50.0, 20.0, 40.0)), degrade="nf4"))
+    assert claims.TABLES["within"](tmp_path) == claims.TABLES["follows"](tmp_path) == ""
+    for n in range(6):
+        results = made_up(three(task=(50.0, 20.0, 40.0)), degrade=f"int{2 + n}")
+        kinds = {kind: [0.9, 0.9] for kind in (*KINDS, "unit_debiased")}
+        for level in results["cka"].values():
+            level["degraded"] = level["recovered"] = kinds
+        along = [{"step": k, "part": None, "seconds": 1.0, "values": {"task": 20.0 + k},
+                  "items": {}, "kl": {}, "cka": {level: {
+                      kind: [0.9 + k / 100, 0.9 + k / 100] for kind in kinds}
+                      for level in results["cka"]}} for k in range(1, 9)]
+        put(tmp_path, f"along/{n}-0", results | {"along": {"recovered": along}})
+    within, follows = (claims.TABLES[name](tmp_path) for name in ("within", "follows"))
+    assert "| samples | unit, debiased | last | task | 6 | 1.00 [1.00, 1.00] |" in within
+    assert "| recoveries | samples | last | task | 6 | 1.00 | 1.00 | 0.00 [0.00, 0.00] |" in follows
+    assert "nf4" not in within + follows and "int7" in within  # what they stand on

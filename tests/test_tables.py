@@ -150,7 +150,7 @@ def on_the_way(folder, i, rises):
         values = {"task": 20.0 + 4 * k, "perplexity": 20.0 * math.exp(-k)}
         points.append({"step": 5 * k, "part": None, "seconds": 1.0 * k, "values": values,
                        "items": {}, "kl": {}, "cka": cka})
-    points.append(points[0] | {"part": 0.5, "values": {"task": 0.0, "perplexity": 1.0}})
+    points.insert(0, points[3] | {"part": 0.5, "values": {"task": 0.0, "perplexity": 1.0}})
     results["along"] = {"recovered": points}
     (folder / "results.json").write_text(json.dumps(results))
 

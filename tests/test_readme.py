@@ -58,6 +58,9 @@ def test_every_experiments_command_parses():
         if words[0] == "report":
             assert experiments.parse_report(words[1:]).runs
             continue
+        if words[0] == "keep":
+            assert experiments.parse_keep(words[1:]).runs
+            continue
         asked, further = experiments.parse_experiments(words)
         named |= set(asked.experiments)
         for name in asked.experiments:

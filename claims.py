@@ -1,0 +1,616 @@
+"""What RESULTS.md and README.md say of the runs in results/ (kept.py): tables, claims, pictures.
+
+`python experiments.py report results/` writes each table anew between its two lines in the text,
+<!-- table NAME --> and <!-- end -->, and the pictures in figures/. A further table is a function of
+the results' folder in TABLES, and its two lines. Where none of its files is there, what stands
+between the lines stays. A test holds the texts to the files.
+"""
+import re
+from functools import partial
+
+import numpy as np
+
+import evaluate
+import fronts
+import tables
+from kept import (
+    RESULTS,
+    ROOT,
+    command_of,
+    fraction,
+    held_out,
+    kept_steps,
+    likeness,
+    listed,
+    number,
+    on_the_way,
+    paragraph,
+    provenance,
+    row,
+    runs_of,
+    table,
+    value,
+    verdict,
+)
+
+FIGURES = ROOT / "figures"
+PART = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.S)
+QWEN = "Qwen"
+MODELS = {"SmolLM2": "", QWEN: "-qwen"}  # name in a table -> what follows an experiment's name
+
+
+# ----------------------------------------------------------------------------------- The two texts
+
+def write():
+    """RESULTS.md, README.md and the pictures from results/; ValueError for an unknown table."""
+    paths = [ROOT / name for name in ("RESULTS.md", "README.md")]
+    texts = [filled(path.read_text(encoding="utf-8"), RESULTS) for path in paths]
+    for path, text in zip(paths, texts):
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    draw(RESULTS, FIGURES)
+
+
+def filled(text, folder):
+    """The text with each of its parts written anew from this folder's results."""
+    def part(found):
+        begin, name, old, end = found.groups()
+        if name == "claims":
+            new = claims(folder, old)
+        elif name in TABLES:
+            new = TABLES[name](folder)
+        else:
+            raise ValueError(f"<!-- table {name} -->: claims.TABLES has no such table")
+        return begin + (new or old) + end
+    return PART.sub(part, text)
+
+
+# ----------------------------------------------------------- The tables of the step and the teacher
+
+SHORT = [("science_phrasing %", partial(value, metric="science_phrasing")),
+         ("science_element %", partial(value, metric="science_element")),
+         ("perplexity, fraction", fraction)]
+LIKENESS = [("CKA, tokens", partial(likeness, level="tokens", stages=("recovered",))),
+            ("CKA, samples", partial(likeness, level="samples", stages=("recovered",)))]
+
+
+def rows_of(folder, *wanted):
+    """[(title, runs), …] of (title, EXPERIMENT/NUMBER) pairs."""
+    return [(title, runs_of(folder, where)) for title, where in wanted]
+
+
+def default_table(folder):
+    """The default run on both models."""
+    rows = rows_of(folder, ("SmolLM2, `int4`", "default/0"), ("SmolLM2, `nf4`", "default/1"),
+                   ("SmolLM2, `ffn10`", "default/2"), ("Qwen, `int4`", "default-qwen/0"),
+                   ("Qwen, `nf4`", "default-qwen/1"),
+                   ("Qwen, `ffn10`", "default-qwen/2"),
+                   ("Qwen, `ffn10`", "default-qwen-cpu/2"))
+    return table(rows, [
+        ("science_phrasing %", partial(on_the_way, metric="science_phrasing", each=True)),
+        ("science_element %", partial(on_the_way, metric="science_element", each=True)),
+        ("perplexity", partial(on_the_way, metric="perplexity")),
+        ("its fraction", partial(fraction, each=True)),
+        ("CKA over tokens", partial(likeness, level="tokens")),
+        ("CKA over samples", partial(likeness, level="samples"))])
+
+
+def damages_table(folder):
+    """Other damages, both models, and how often CKA rose."""
+    rows = []
+    for model, experiment in ((QWEN, "damages-qwen"), ("SmolLM2", "damages"), ("SmolLM2", "fp4"),
+                              (QWEN, "fp4-qwen")):
+        numbers = {int(f.stem.split("-")[0]) for f in folder.glob(f"{experiment}/*.json")}
+        for n in sorted(numbers):
+            runs = runs_of(folder, f"{experiment}/{n}")
+            rows.append((f"{model}, `{runs[0]['config']['degrade']}`", runs))
+    return table(rows, [
+        ("science_phrasing %", partial(on_the_way, metric="science_phrasing")),
+        ("perplexity", partial(on_the_way, metric="perplexity")),
+        ("its fraction", partial(fraction, each=True)),
+        ("CKA over tokens", partial(likeness, level="tokens")),
+        ("CKA over samples", partial(likeness, level="samples"))], rises(rows))
+
+
+def rises(rows):
+    """In how many rows the mean CKA after recovery is above that before, in words."""
+    found = {}
+    for level in ("tokens", "samples"):
+        means = [[sum(r["cka"][level][stage]["linear_debiased"][-1] for r in runs)
+                  for stage in ("degraded", "recovered")] for _, runs in rows]
+        found[level] = sum(after > before for before, after in means)
+    return (f"CKA over tokens rises in {found['tokens']} of these {len(rows)} rows, over samples "
+            f"in {found['samples']}.")
+
+
+def scales_table(folder):
+    """One step size for all matrices, and each its own."""
+    rows = rows_of(folder, ("SmolLM2, `int4`, one scale", "one-scale/0"),
+                   ("SmolLM2, `int4`, each its own", "default/0"),
+                   ("Qwen, `nf4`, one scale", "one-scale/1"),
+                   ("Qwen, `nf4`, each its own", "own-scale/1"),
+                   ("Qwen, `ffn10`, one scale", "one-scale/2"),
+                   ("Qwen, `ffn10`, each its own", "default-qwen/2"))
+    return table(rows, [*SHORT, ("held-out loss, last step", held_out),
+                        ("kept, by seed", kept_steps)])
+
+
+def rates_table(folder):
+    """Fractions of the weights' size as learning rates, run by run, smallest first."""
+    rows = []
+    for title, *places in (("SmolLM2, `nf4`", "rates/*", "default/1-0"),
+                           ("Qwen, `nf4`", "rates-qwen/*", "default-qwen/1-0"),
+                           ("Qwen, `ffn10`", "rates-ffn-qwen/*", "default-qwen/2-0"),
+                           ("SmolLM2, `int4`", "tenfold/*"),
+                           ("Qwen, `nf4`", "tenfold-qwen/*")):
+        files = [file for place in places for file in folder.glob(f"{place}.json")]
+        runs = sorted(map(tables.read_results, files), key=lambda r: (
+            r["config"]["lr_fraction"], r["config"]["seed"]))
+        rows += [(title, [r]) for r in runs]
+    return table(rows, [
+        ("fraction", asked_rate),
+        ("rate on average", lambda runs: f"{runs[0]['environment']['lr']:.1e}"),
+        *SHORT, ("held-out loss, first → last step", first_and_last), ("kept", kept_steps)])
+
+
+def asked_rate(runs):
+    """--lr, or the fraction of the weights' size."""
+    config = runs[0]["config"]
+    return f"`--lr {config['lr']:g}`" if config["lr"] else f"{config['lr_fraction']:.1e}"
+
+
+def first_and_last(runs):
+    """The loss on held-out prompts at the first and the last check of the first run."""
+    checks = runs[0]["guard"]["recovered"]["checks"]
+    return f"{checks[0]['all']:.3f} → {checks[-1]['all']:.3f}"
+
+
+def teachers_table(folder):
+    """Right answers of the healthy model, by what it is shown."""
+    found, rows = {}, []
+    for experiment in ("teachers", "teachers-qwen"):
+        for file in sorted(folder.glob(f"{experiment}/*.json")):
+            results = tables.read_results(file)
+            found[experiment, results["config"]["demo"]] = results
+    for title, demo, shown in (("`none`: not shown", "turn", "bare"),
+                               ("`quote`: after the question", "quote", "shown"),
+                               ("`turn`: as an earlier turn", "turn", "shown")):
+        cells = [found[e, demo]["teacher"]["healthy"][task][shown] if (e, demo) in found else None
+                 for e in ("teachers", "teachers-qwen") for task in ("science", "tooluse")]
+        rows.append([title, *("" if cell is None else f"{cell:.0f}" for cell in cells)])
+    header = ["`--demo`", "SmolLM2, science", "SmolLM2, tools", "Qwen, science",
+              "Qwen, tools"]
+    return listed(header, rows if found else [], [found.values()])
+
+
+def demos_table(folder):
+    """Recoveries by the two forms of the demonstration."""
+    rows = rows_of(folder, ("SmolLM2, `nf4`, `turn`", "default/1"),
+                   ("SmolLM2, `nf4`, `quote`", "demos/0"),
+                   ("SmolLM2, `nf4`, `turn`", "demos-gpu/1"),
+                   ("SmolLM2, `nf4`, `quote`", "demos-gpu/0"),
+                   ("Qwen, `nf4`, `turn`", "default-qwen/1"),
+                   ("Qwen, `nf4`, `quote`", "demos-qwen/0"))
+    return table(rows, SHORT + LIKENESS)
+
+
+def text_table(folder):
+    """How much of a text its prompts have."""
+    rows = rows_of(folder, ("16 tokens", "text/0"), ("32 tokens", "text/1"),
+                   ("48 tokens, the default", "text/2"),
+                   ("48 tokens, the default", "default/0"))
+    return table(rows, SHORT)
+
+
+def refusals_table(folder):
+    """Whose trained weights the guard did not keep, and why."""
+    rows = []
+    for title, place in (("SmolLM2, `nf4`", "rates"), ("Qwen, `nf4`", "rates-qwen"),
+                         ("Qwen, `ffn10`", "rates-ffn-qwen"), ("SmolLM2, `int4`", "tenfold"),
+                         ("Qwen, `nf4`", "tenfold-qwen"), ("SmolLM2, `int4`", "huge"),
+                         ("Qwen, `nf4`", "huge-qwen")):
+        for file in sorted(folder.glob(f"{place}/*.json")):
+            results = tables.read_results(file)
+            if not results["guard"]["recovered"]["kept"]:
+                rows.append((title, [results]))
+    return table(rows, [("fraction", asked_rate), ("loss, first → last check", first_and_last),
+                        ("kept", kept_steps), ("why", refused_for)])
+
+
+def refused_for(runs):
+    """Why no step's weights were kept, in words."""
+    found = runs[0]["guard"]["recovered"]
+    worse = found["checks"][-1].get("worse")
+    if found["ended"]:
+        return "ended at " + found["ended"].split(" (")[0]
+    return f"worse on {', '.join(worse)}" if worse else "no check below the first"
+
+
+def guard_table(folder):
+    """What the guard's checks and their preparation take, of the first run."""
+    def seconds(runs):
+        spent, whole = runs[0]["guard"]["recovered"]["seconds"], sum(runs[0]["seconds"].values())
+        return f"{spent:.0f} of {whole:.0f}, {100 * spent / whole:.1f} %"
+    rows = [(title, runs[:1]) for title, runs in rows_of(folder, ("SmolLM2, `int4`", "default/0"))]
+    return table(rows, [("seconds, of the whole run's", seconds)])
+
+
+def lora_table(folder):
+    """LoRA's recovery."""
+    return table(rows_of(folder, ("SmolLM2, `nf4`, `--lora 16`", "lora/0"),
+                         ("Qwen, `nf4`, `--lora 16`", "lora-qwen/0")), SHORT)
+
+
+# ------------------------------------------------------------------------------ The paper's tables
+
+PAPER = {  # metric's beginning -> the paper's numbers
+    ("table2", "tooluse"): "3B 29.2 → 28.7 → 50.5; 7B 42.4 → 41.6 → 62.9",
+    ("table2", "science"): "3B 31.8 → 30.4 → 45.4; 7B 33.9 → 33.0 → 52.3",
+    ("table2", "general"): "3B 67.1 → 66.0 → 66.3; 7B 71.1 → 70.1 → 70.9",
+    ("table4", "tooluse"): "7B 29.9 → 28.5 → 34.1",
+    ("table4", "science"): "7B 38.8 → 33.7 → 43.4",
+    ("table4", "science, untrained"): "7B 38.8 → 33.7 → 35.8"}
+GENERAL = "blimp_all", "arc_easy_all", "winogrande_all"  # Table 3's test sets here
+
+
+def compression_table(folder, experiment):
+    """Tables 2, 3 or 4: a row for each model, task that brings back, and metric."""
+    rows, used = [], []
+    for model, suffix in MODELS.items():
+        for n, task in enumerate(("science", "tooluse")):
+            runs = with_mean(runs_of(folder, f"{experiment}{suffix}/{n}"))
+            used.append(runs)
+            for metric in runs[0]["stages"]["healthy"] if runs else ():
+                way = [value(runs, metric, s) for s in ("healthy", "degraded", "recovered")]
+                rows.append([f"{model}, {task}", evaluate.metric_title(metric), *way, number(runs),
+                             verdict(runs, metric), paper(experiment, task, metric)])
+    header = ["taught on", "metric", "healthy", "degraded", "recovered", "n", "verdict",
+              "the paper"]
+    return listed(header, rows, used)
+
+
+def paper(experiment, task, metric):
+    """The paper's numbers beside this metric of a recovery on this task, or ''."""
+    begins = metric.split("_")[0]
+    if begins in ("science", "tooluse") and begins != task:
+        begins += ", untrained"
+    return PAPER.get((experiment, begins), "")
+
+
+def with_mean(runs):
+    """The runs; where all of the general tests were measured, with their mean as one more, which is
+    better or worse if more of them are the one than the other."""
+    sign = {"better": 1, "worse": -1}
+    for results in runs:
+        if all(metric in results["stages"]["healthy"] for metric in GENERAL):
+            for values in results["stages"].values():
+                values["general_mean"] = sum(values[m] for m in GENERAL) / len(GENERAL)
+            for changes in results["change"].values():
+                total = sum(sign.get(changes[m], 0) for m in GENERAL)
+                changes["general_mean"] = "better" if total > 0 else "worse" if total else "same"
+    return runs
+
+
+FORGETTING = [  # stage, where, its name, the paper's Tooluse, Science, CKA (Sci), CKA (Tool)
+    ("base", "table1{}/0", "base", ""),
+    ("healthy", "table1{}/0", "science expert", "19.6, 60.0, 1, 1"),
+    ("degraded", "table1{}/0", "+ SFT on tool calls", "65.0, 37.9, .977, .939"),
+    ("recovered_base", "table1{}/0", "+ recovery, t = base", "66.0, 61.5, .991, .943"),
+    ("recovered_healthy", "table1{}/0", "+ recovery, t = expert", "57.7, 65.5, .988, .941"),
+    ("healthy", "table1{}/1", "second run: science expert", ""),
+    ("degraded", "table1{}/1", "+ SFT on tool calls", ""),
+    ("recovered", "table1{}/1", "+ recovery, t = expert, bare", "")]
+
+
+def forgetting_table(folder):
+    """Tables 1, 6 and 7: every stage, both models."""
+    rows, used = [], []
+    for model, suffix in MODELS.items():
+        for stage, where, title, theirs in FORGETTING:
+            runs = runs_of(folder, where.format(suffix))
+            used.append(runs)
+            if runs:
+                rows.append([f"{model}, {title}", *forgetting_cells(runs, stage), number(runs),
+                             verdict(runs, "science_phrasing", stage), theirs])
+    header = ["stage", "tool calls %", "science_phrasing %", "science_element %", "perplexity",
+              "CKA, science samples", "CKA, tool samples", "CKA, tokens", "n", "verdict, science",
+              "the paper, 3B: tools, science, CKA of science, of tools"]
+    return listed(header, rows, used)
+
+
+def forgetting_cells(runs, stage):
+    """Performance and CKA (linear, debiased, last layer) at one stage."""
+    metrics = "tooluse_request", "science_phrasing", "science_element", "perplexity"
+    levels = "samples", "tooluse samples", "tokens"
+    return [*(value(runs, metric, stage) for metric in metrics),
+            *(likeness(runs, level, (stage,)) for level in levels)]
+
+
+def bootstrap_table(folder):
+    """Table 5: a small model, itself as teacher, and a larger one first."""
+    steps = (("healthy", 0, "small", "3B: 32.0 / 30.8"), ("recovered", 0, "direct", "50.5 / 54.2"),
+             ("healthy", 1, "two-stage, after the first", ""),
+             ("recovered", 1, "two-stage, at the end", "67.0 / 63.1"))
+    found = [(f"{model}, {title}", stage, theirs, runs_of(folder, f"table5{suffix}/{n}"))
+             for model, suffix in MODELS.items() for stage, n, title, theirs in steps]
+    found = [row_of for row_of in found if row_of[-1]]
+    used = [runs for *_, runs in found]
+    metrics = tables.common_metrics([("", r) for runs in used for r in runs]) if used else []
+    rows = [[title, *(value(runs, m, stage) for m in metrics), number(runs),
+             verdict(runs, "science_phrasing", stage), theirs]
+            for title, stage, theirs, runs in found]
+    header = ["", *map(evaluate.metric_title, metrics), "n", "verdict, science",
+              "the paper, Tooluse / Science"]
+    return listed(header, rows, used)
+
+
+WAYS = ("sdft", "SDFT"), ("kd", "KD"), ("sft", "SFT")
+
+
+def baselines_table(folder):
+    """Fig. 6 in numbers: each damage brought back in three ways."""
+    def cell(runs, metric, way):
+        stage = f"recovered_{way}"
+        said = verdict(runs, metric, stage).replace("recovers: ", "")
+        return value(runs, metric, stage) + (f" ({said})" if said else "")
+    rows, used = [], []
+    for model, suffix in MODELS.items():
+        for n in range(4):
+            runs = runs_of(folder, f"baselines{suffix}/{n}")
+            used.append(runs)
+            for metric in runs[0]["stages"]["healthy"] if runs else ():
+                rows.append([f"{model}, `{runs[0]['config']['degrade']}`",
+                             evaluate.metric_title(metric), value(runs, metric, "healthy"),
+                             value(runs, metric, "degraded"),
+                             *(cell(runs, metric, way) for way, _ in WAYS), number(runs)])
+    header = ["damage", "metric", "healthy", "degraded", *(name for _, name in WAYS), "n"]
+    return listed(header, rows, used)
+
+
+def settings_table(folder):
+    """One option changed at a time, both models."""
+    rows = []
+    for model, suffix in MODELS.items():
+        rows.append((f"{model}, the default", runs_of(folder, f"default{suffix}/0")))
+        numbers = {int(f.stem.split("-")[0]) for f in folder.glob(f"settings{suffix}/*.json")}
+        for n in sorted(numbers):
+            runs = runs_of(folder, f"settings{suffix}/{n}")
+            config = runs[0]["config"] | {"degrade": "none", "model": ""}
+            option = command_of(config).replace("python train.py --degrade none", "").strip()
+            rows.append((f"{model}, `{option}`", runs))
+    if not any("`" in title for title, runs in rows if runs):
+        return ""
+    return table(rows, [*SHORT, *LIKENESS, ("n", number), (
+        "verdict, science", partial(verdict, metric="science_phrasing"))])
+
+
+def read_all(folder, *experiments):
+    """The runs of these experiments as tables.py has them, of those that are there."""
+    there = [folder / name for name in experiments if any((folder / name).glob("*-*.json"))]
+    return tables.read_runs(there) if there else []
+
+
+def runs_table(folder, make, experiments, only=None):
+    """One of tables.py's tables of these experiments' runs, of those alone that only() holds of."""
+    runs = [run for run in read_all(folder, *experiments) if not only or only(run[-1])]
+    made, results = runs and make(runs), {id(r): r for _, _, r in runs}
+    return made + "\n\n" + paragraph(provenance([results.values()])) if made else ""
+
+
+def has_a_way(results):
+    """Whether a recovery of this run was measured on its way."""
+    return bool(results["along"])
+
+
+def has_unit_norm(results):
+    """Whether this run compared tokens of unit norm, too."""
+    return any("unit_debiased" in kinds for stages in results["cka"].values()
+               for kinds in stages.values())
+
+
+def sweep_performance(runs):
+    """The damages of a sweep: performance and CKA, a row a damage."""
+    rows = {}
+    for _, _, results in runs:
+        rows.setdefault(evaluate.damage_of(results["config"]), []).append(results)
+    metrics = list(runs[0][2]["stages"]["healthy"])
+    header = ["damage", *map(evaluate.metric_title, metrics), "CKA, samples", "CKA, tokens", "n"]
+    lines = [row(header), "|" + "---|" * len(header)]
+    lines.append(row(["healthy", *(value([runs[0][2]], m, "healthy") for m in metrics), "1", "1",
+                      ""]))
+    for damage, found in rows.items():
+        cka = [likeness(found, level, ("degraded",)) for level in ("samples", "tokens")]
+        lines.append(row([f"`{damage}`", *(value(found, m, "degraded") for m in metrics), *cka,
+                          number(found)]))
+    return "\n".join(lines)
+
+
+def per_model(name, make, *experiments, only=None):
+    """{table's name: function of the folder}, for SmolLM2 and, with its suffix, for Qwen."""
+    return {name + suffix: partial(runs_table, make=make, only=only, experiments=[
+        experiment + suffix for experiment in experiments]) for suffix in MODELS.values()}
+
+
+RECOVERIES = "default", "damages", "fp4", "table1", "table2", "table4", "baselines", "along"
+TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
+    "default": default_table, "damages": damages_table, "scales": scales_table,
+    "rates": rates_table, "teachers": teachers_table, "demos": demos_table, "text": text_table,
+    "refusals": refusals_table, "guard": guard_table, "lora": lora_table,
+    "table1": forgetting_table, "table2": partial(compression_table, experiment="table2"),
+    "table4": partial(compression_table, experiment="table4"), "table5": bootstrap_table,
+    "baselines": baselines_table, "settings": settings_table,
+    **per_model("sweep", sweep_performance, "sweep"),
+    **per_model("correlations", tables.correlation_table, "sweep"),
+    **per_model("within", tables.within_table, *RECOVERIES, only=has_a_way),
+    **per_model("follows", tables.follows_table, "sweep", *RECOVERIES, only=has_unit_norm),
+    **per_model("fair", fronts.gains_table, "fair"),
+    **per_model("fair-tuned", fronts.tuned_table, "fair")}
+
+
+# ------------------------------------------------------------------------- README's table of claims
+
+def claims(folder, old):
+    """README's table: a row for each of CLAIMS from the files; where these are not there, the row
+    of this name in the old table, as it is."""
+    before = {name: line for line, name in re.findall(r"^(\| ([^|]+) \|.*)$", old, re.M)}
+    lines = [row(["experiment", "the paper, Qwen2.5", "here", "verdict"]), "|---|---|---|---|"]
+    for name, theirs, find in CLAIMS:
+        found = find(folder)
+        if found:
+            lines.append(row([name, theirs, *found]))
+        elif name in before:
+            lines.append(before[name])
+    return "\n".join(lines) + "\n"
+
+
+def claimed(folder, metric, where, stage="recovered"):
+    """(healthy → degraded → recovered of the models that are there, the verdict on each)."""
+    here, verdicts = [], []
+    for model, suffix in MODELS.items():
+        runs = with_mean(runs_of(folder, where.replace("/", f"{suffix}/")))
+        way = runs and on_the_way(runs, metric, ("healthy", "degraded", stage))
+        if way:
+            here.append(f"{model} {way}" + f" (n = {len(runs)})" * (len(runs) != 3))
+            verdicts.append(f"{model}: {verdict(runs, metric, stage)}")
+    alike = {said.split(": ", 1)[1] for said in verdicts}
+    said = alike.pop() if len(alike) == 1 else "; ".join(verdicts)
+    return ("; ".join(here), said) if here else ()
+
+
+def small_claim(folder):
+    """Table 5: the small model, direct and in two stages."""
+    here, verdicts = [], []
+    for model, suffix in MODELS.items():
+        direct, staged = (runs_of(folder, f"table5{suffix}/{n}") for n in (0, 1))
+        if direct and staged:
+            metric = "science_phrasing"
+            here.append(f"{model} {value(direct, metric, 'healthy')}, direct "
+                        f"{value(direct, metric)}, two-stage {value(staged, metric)}")
+            one, two = (np.mean([r["stages"]["recovered"][metric] for r in runs])
+                        for runs in (direct, staged))
+            better = two > one
+            verdicts.append(f"{model}: two stages are {'' if better else 'not '}better than one")
+    return ("; ".join(here), "; ".join(verdicts)) if here else ()
+
+
+def rising_claim(folder):
+    """How many recoveries that brought perplexity back raised CKA in the last layer."""
+    found = []
+    for experiment in RECOVERIES:
+        for suffix in MODELS.values():
+            for _, stage, results in read_all(folder, experiment + suffix):
+                if results["change"].get(stage, {}).get("perplexity") == "better":
+                    found.append((stage, results))
+    if not found:
+        return ()
+    rose = []
+    for level in ("tokens", "samples"):
+        cka = [results["cka"][level] for _, results in found]
+        rose.append(sum(c[stage]["linear_debiased"][-1] > c["degraded"]["linear_debiased"][-1]
+                        for (stage, _), c in zip(found, cka)))
+    word = "yes" if min(rose) > 0.75 * len(found) else "no" if max(rose) < 0.5 * len(found) else (
+        "in part")
+    return (f"both models: over tokens in {rose[0]}, over samples in {rose[1]} of {len(found)} "
+            "recoveries"), word
+
+
+def order_claim(folder):
+    """Spearman's r of CKA with performance between damaged models."""
+    here, low = [], []
+    for model, suffix in MODELS.items():
+        chosen = tables.points(read_all(folder, "sweep" + suffix), ("degraded",))
+        if len(chosen) >= 5:
+            x = np.array([likeness["samples"]["linear_debiased"][-1]
+                          for _, _, likeness, _ in chosen])
+            r = []
+            for metric in ("perplexity", "science_phrasing"):
+                y = np.array([tables.more_is_better(v, metric) for _, v, _, _ in chosen])
+                r.append(tables.spearman(x, y))
+            here.append(f"{model}: Spearman {r[0]:.2f} with perplexity, {r[1]:.2f} with accuracy")
+            low.append(min(r))
+    return ("; ".join(here), "yes" if min(low) > 0.5 else "in part") if here else ()
+
+
+CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () where it has no files
+    ("NF4, science (Table 2)", PAPER["table2", "science"],
+     partial(claimed, metric="science_phrasing", where="table2/0|default/1")),
+    ("a tenth of the FFN, science (Table 4)", PAPER["table4", "science"],
+     partial(claimed, metric="science_phrasing", where="table4/0|default/2")),
+    ("NF4, tool calls (Table 2)", PAPER["table2", "tooluse"],
+     partial(claimed, metric="tooluse_request", where="table2/1")),
+    ("NF4, general ability (Table 3)", PAPER["table2", "general"],
+     partial(claimed, metric="general_mean", where="table2/0")),
+    ("forgetting, t = base (Table 1)", "3B 60.0 → 37.9 → 61.5",
+     partial(claimed, metric="science_phrasing", where="table1/0", stage="recovered_base")),
+    ("forgetting, t = expert (Table 1)", "3B 60.0 → 37.9 → 65.5",
+     partial(claimed, metric="science_phrasing", where="table1/0", stage="recovered_healthy")),
+    ("forgetting, t = expert without the demonstration", "the paper does not say",
+     partial(claimed, metric="science_phrasing", where="table1/1")),
+    ("a small model, science (Table 5)", "3B 30.8, direct 54.2, two-stage 63.1", small_claim),
+    ("CKA rises as performance returns (§5.4)", "yes", rising_claim),
+    ("CKA orders damaged models (Fig. 8b)", "yes", order_claim)]
+
+
+# ----------------------------------------------------------------------------------------- Pictures
+
+def draw(folder, out):
+    """fig6.png, fig8a.png, fig8b.png, and the fronts of the fair comparison; of the experiments
+    that are there. Nothing without matplotlib."""
+    pyplot = evaluate.find_pyplot()
+    if pyplot is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw_one, *choices in PICTURES:
+        runs = next(filter(None, (read_all(folder, *both(choice)) for choice in choices)), [])
+        if runs:
+            runs = [(re.sub(r"--model (\S+?)-\S*", r"\1", name), *rest) for name, *rest in runs]
+            save(pyplot, draw_one(pyplot, runs), out / f"{name}.png")
+    for suffix in MODELS.values():
+        runs = read_all(folder, "fair" + suffix)
+        if runs:
+            save(pyplot, fronts.draw(pyplot, runs), out / f"fronts{suffix}.png")
+
+
+def both(experiments):
+    """The names of both models' experiments."""
+    return [name + suffix for name in experiments for suffix in MODELS.values()]
+
+
+def save(pyplot, figure, path):
+    """The figure as a file, without the version of what drew it."""
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
+    print(path)
+
+
+def fig6(pyplot, runs):
+    """Fig. 6: performance by damage, healthy, degraded, recovered."""
+    groups = tables.by_name(runs)
+    metrics = tables.common_metrics([(stage, results) for _, stage, results in runs])[:3]
+    figure, axes = pyplot.subplots(1, len(metrics), layout="constrained", squeeze=False,
+                                   figsize=(3 + 4 * len(metrics), 1 + 0.35 * len(groups)))
+    for axis, metric in zip(axes[0], metrics):
+        tables.draw_performance(axis, groups, metric)
+    axes[0, -1].set_xscale("log")
+    axes[0, 0].set_yticks(range(len(groups)), [name for name, _ in groups], fontsize=7)
+    axes[0, 0].legend()
+    return figure
+
+
+def fig8a(pyplot, runs):
+    """Fig. 8a: CKA from healthy to degraded to recovered."""
+    figure, axis = pyplot.subplots(figsize=(10, 7), layout="constrained")
+    tables.draw_along(axis, tables.by_name(runs))
+    return figure
+
+
+def fig8b(pyplot, runs):
+    """Fig. 8b: CKA against the first accuracy, both models."""
+    figure, axis = pyplot.subplots(figsize=(8, 6), layout="constrained")
+    tables.draw_against(axis, runs, "science_phrasing")
+    return figure
+
+
+PICTURES = [  # file, how it is drawn, of which experiments' runs: the first that are there
+    ("fig6", fig6, ["baselines"], ["default", "damages"]),
+    ("fig8a", fig8a, ["table1"], ["default"]), ("fig8b", fig8b, ["sweep"], ["default", "damages"])]

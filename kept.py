@@ -1,0 +1,278 @@
+"""The runs that are kept in results/EXPERIMENT/NUMBER-SEED.json: putting them there, and rows and
+cells of tables that are made of them, each table with the commands, commits, machines, seeds and
+minutes that it stands on."""
+import dataclasses
+import itertools
+import json
+import re
+import textwrap
+from functools import partial
+from pathlib import Path
+
+import evaluate
+import tables
+import train
+from tables import mean_and_error
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+
+
+# ---------------------------------------------------------------------------------------- Keeping
+
+def keep(folder, name, dirty=False):
+    """The numbers of the runs in folder/NUMBER-SEED, as results/NAME/NUMBER-SEED.json.
+
+    Without answers, traces and CKA between layers, CKA to five digits. ValueError, naming the
+    runs, for those of code that no commit has (dirty: they are kept, and marked).
+    """
+    files = sorted(folder.glob("*-*/results.json"))
+    if not files:
+        raise ValueError(f"keep {folder}: no NUMBER-SEED/results.json in it")
+    runs = {file.parent.name: compact(json.loads(file.read_text()), name, file) for file in files}
+    unknown = [run for run, r in runs.items() if not re.fullmatch("[0-9a-f]{7}", commit_of(r))]
+    if unknown and not dirty:
+        raise ValueError(f"keep {folder}: no commit has the code of {', '.join(unknown)}; run them "
+                         "again, or keep them with --dirty, marked")
+    (RESULTS / name).mkdir(parents=True, exist_ok=True)
+    for run, results in runs.items():
+        path = RESULTS / name / f"{run}.json"
+        path.write_text(as_lines(results) + "\n", encoding="utf-8")
+        print(f"{path}: {command_of(results['config'])}")
+
+
+def compact(results, name, file):
+    """One run's results.json, less what no table needs, without the paths of its machine."""
+    results = {key: value for key, value in results.items() if key not in ("step", "cka_layers")}
+    results["cka"] = evaluate.each_leaf(results["cka"], partial(rounded, digits=5))
+    for key in {"along", "kl"} & set(results):
+        results[key] = evaluate.each_leaf(results[key], partial(rounded, digits=6))
+    config, environment = results["config"], results["environment"]
+    for option, value in config.items():
+        if isinstance(value, str):
+            config[option] = ",".join(map(without_folders, value.split(",")))
+    config["out"] = f"runs/{name}/{file.parent.name}"
+    environment["model"] = without_folders(environment["model"])
+    environment["commit"] = commit_of(results)
+    environment["command"] = command_of(config).removeprefix("python ")
+    return results
+
+
+def rounded(x, digits):
+    """x; a float to as many digits after the point."""
+    return round(x, digits) if isinstance(x, float) else x
+
+
+def without_folders(path):
+    """The last step of a path from elsewhere; any other word as it is.
+
+    >>> without_folders("/some/where/blimp.jsonl"), without_folders("runs/small/student")
+    ('blimp.jsonl', 'runs/small/student')
+    """
+    return path.rstrip("/").split("/")[-1] if path.startswith(("/", "..", "~")) else path
+
+
+def commit_of(results):
+    """Seven figures of a run's commit, and whether its code was changed; "unknown" without git."""
+    environment = results["environment"]
+    if "commit" in environment:
+        return environment["commit"]
+    commit, _, changed = environment.get("revision", "").partition(" ")
+    return (commit[:7] or "unknown") + (f" {changed}" if changed else "")
+
+
+def command_of(config):
+    """The command that makes this run again, but for the seed, on whatever device and into --out.
+
+    >>> command_of({"degrade": "int4", "seed": 3, "symmetric": False})
+    'python train.py --degrade int4 --no-symmetric'
+    """
+    words = ["python train.py"]
+    for option, default in dataclasses.asdict(train.Config()).items():
+        value = config.get(option, default)
+        if value != default and option not in ("seed", "device", "dtype", "out"):
+            words.append(tables.as_typed(option, value, isinstance(default, bool)))
+    return " ".join(words)
+
+
+def as_lines(results):
+    """JSON, a list of numbers on one line."""
+    text = evaluate.to_json(results, indent=1)
+    number = r"(?:-?[\d.e+-]+|null)"
+    return re.sub(rf"\[\n\s+({number}(?:,\n\s+{number})*)\n\s+\]",
+                  lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
+
+
+# ---------------------------------------------------------------------- Rows, columns, provenance
+
+def runs_of(folder, where):
+    """The kept results of EXPERIMENT/NUMBER, by seed; of several, "A/1|B/0", of the first there."""
+    for one in where.split("|"):
+        files = sorted(folder.glob(f"{one}-*.json"), key=lambda f: int(f.stem.split("-")[1]))
+        if files:
+            return [tables.read_results(file) for file in files]
+    return []
+
+
+def table(rows, columns, below=""):
+    """Markdown: a row for each (title, runs) that has runs, a cell for each (heading, function of
+    the runs); a line below it, then where the runs come from. '' for no row."""
+    rows = [(title, runs) for title, runs in rows if runs]
+    cells = [[title + machine(runs), *(cell(runs) for _, cell in columns)] for title, runs in rows]
+    return listed(["", *(heading for heading, _ in columns)], cells, [r for _, r in rows], below)
+
+
+def machine(runs):
+    """' (H200)', of runs on a GPU; '' on a CPU."""
+    processor = runs[0]["environment"]["processor"]
+    return f" ({processor.removeprefix('NVIDIA ')})" if "NVIDIA" in processor else ""
+
+
+def listed(header, rows, used, below=""):
+    """Markdown of rows of cells; below it a line, and where the used [runs, …] come from. '' for no
+    row."""
+    if not rows:
+        return ""
+    lines = [row(header), "|" + "---|" * len(header), *map(row, rows)]
+    return "\n".join(lines) + "\n\n" + paragraph(below, provenance(used))
+
+
+def row(cells):
+    """A line of a Markdown table."""
+    return re.sub(r"\|  (?=\|)", "| ", "| " + " | ".join(cells) + " |")
+
+
+def paragraph(*sentences):
+    """Sentences as lines of a text."""
+    return textwrap.fill(" ".join(filter(None, sentences)), 118, break_long_words=False,
+                         break_on_hyphens=False) + "\n"
+
+
+def provenance(used):
+    """One sentence a model and machine: commands, commits, seeds, minutes of these [runs, …]."""
+    groups = {}
+    for results in itertools.chain(*used):
+        e = results["environment"]
+        cores = "" if "NVIDIA" in e["processor"] else f", {e['threads']} cores"
+        where = f"{e['model']} on {e['processor'].removeprefix('NVIDIA ')}{cores}"
+        groups.setdefault(where, []).append(results)
+    return " ".join(f"{where}: {made_by(runs)}." for where, runs in groups.items())
+
+
+def made_by(runs):
+    """Commands, commits, seeds and minutes of runs, in words."""
+    commits = sorted({commit_of(r) for r in runs})
+    seeds = sorted({r["config"]["seed"] for r in runs})
+    minutes = [sum(r["seconds"].values()) / 60 for r in runs]
+    spent = " to ".join(dict.fromkeys(f"{f(minutes):.1f}" for f in (min, max)))
+    return (f"{commands([command_of(r['config']) for r in runs])}; commit{plural(commits)}; "
+            f"seed{plural(seeds)}; {spent} minutes a run")
+
+
+def plural(found):
+    """What follows a noun: its plural's s where there are several, and what was found.
+
+    >>> plural([0, 1])
+    's 0, 1'
+    """
+    return "s" * (len(found) > 1) + " " + ", ".join(map(str, found))
+
+
+def commands(found):
+    """Command lines as what they share, then each one's own options.
+
+    >>> commands(["python train.py --seed 1 --lr 2", "python train.py --lr 3 --seed 1"])
+    '`python train.py --seed 1` with `--lr 2` or `--lr 3`'
+    >>> commands(["python train.py", "python train.py --lr 3"])
+    '`python train.py` as it is or with `--lr 3`'
+    """
+    split = [command.split(" --")[1:] for command in dict.fromkeys(found)]
+    shared = [option for option in split[0] if all(option in options for options in split)]
+    shown = f"`{' --'.join(['python train.py', *shared])}`"
+    own = [" ".join(f"--{option}" for option in options if option not in shared)
+           for options in split]
+    if len(own) > 1:
+        shown += " as it is or" if "" in own else ""
+        shown += " with " + " or ".join(f"`{options}`" for options in own if options)
+    return shown
+
+
+# Cells: functions of runs that differ in their seed.
+
+def value(runs, metric, stage="recovered", each=False):
+    """A metric's mean ± standard error at a stage, '' where a run lacks it; each: and every run's
+    value in brackets."""
+    if any(metric not in r["stages"].get(stage, {}) for r in runs):
+        return ""
+    found = [r["stages"][stage][metric] for r in runs]
+    shown = mean_and_error(found, 2 if metric.startswith("perplexity") else 1)
+    return shown + (f" ({', '.join(f'{v:.0f}' for v in found)})" if each and found[1:] else "")
+
+
+def on_the_way(runs, metric, stages=("healthy", "degraded", "recovered"), each=False):
+    """'healthy → degraded → recovered'."""
+    found = [value(runs, metric, stage) for stage in stages[:-1]]
+    found.append(value(runs, metric, stages[-1], each))
+    return " → ".join(filter(None, found))
+
+
+def back(results, metric="perplexity", stage="recovered"):
+    """(recovered - degraded) / (healthy - degraded), though the damage be within noise."""
+    healthy, degraded, recovered = (
+        results["stages"][s][metric] for s in ("healthy", "degraded", stage))
+    return 0.0 if recovered == degraded else (recovered - degraded) / (healthy - degraded)
+
+
+def fraction(runs, metric="perplexity", each=False):
+    """The mean of `back`; each: and of every run in brackets."""
+    found = [back(r, metric) for r in runs]
+    shown = mean_and_error(found, 2)
+    return shown + (f" ({', '.join(f'{v:.2f}' for v in found)})" if each and found[1:] else "")
+
+
+def likeness(runs, level, stages=("degraded", "recovered"), kind="linear_debiased"):
+    """CKA of the last layer at these stages; of the runs with the most samples alone, since fewer
+    give another CKA."""
+    most, found = max(r["config"]["cka_samples"] for r in runs), []
+    runs = [r for r in runs if r["config"]["cka_samples"] == most]
+    for stage in stages:
+        of_stage = [r["cka"].get(level, {}).get(stage) for r in runs]
+        if all(of_stage):
+            found.append(mean_and_error([kinds[kind][-1] for kinds in of_stage], 3))
+    return " → ".join(found)
+
+
+def kept_steps(runs):
+    """Which step's weights were kept, run by run."""
+    return ", ".join(str(r["guard"]["recovered"]["kept"]) for r in runs)
+
+
+def held_out(runs):
+    """The loss on held-out prompts at the last check."""
+    return mean_and_error([r["guard"]["recovered"]["checks"][-1]["all"] for r in runs], 3)
+
+
+def number(runs):
+    """n: how many runs."""
+    return str(len(runs))
+
+
+def verdict(runs, metric, stage="recovered"):
+    """A line on a recovery by a rule: what most seeds' `change` says (two paired standard errors
+    over the items), then against what was lost, and the healthy model."""
+    changes = [r["change"].get(stage, {}).get(metric) for r in runs]
+    if not any(changes):
+        return ""
+    if changes.count("worse") * 2 > len(changes):
+        return "worse than before"
+    if changes.count("better") * 2 <= len(changes):
+        return "within noise"
+    healthy, degraded, now = (sum(r["stages"][s][metric] for r in runs) / len(runs)
+                              for s in ("healthy", "degraded", stage))
+    sign = -1 if metric.startswith("perplexity") else 1
+    if sign * (now - healthy) >= 0:
+        return "better than healthy" if sign < 0 else "above healthy"
+    won, lost = (f"{abs(x - degraded):.{2 if sign < 0 else 1}f}" for x in (now, healthy))
+    return f"recovers: {won} of {lost} lost"
+
+

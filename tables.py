@@ -1,0 +1,592 @@
+"""Many runs' results.json as tables and pictures: reading them, means and errors over seeds, CKA
+against performance (§5.4), between damages and on the way of a recovery."""
+import dataclasses
+import itertools
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+
+import evaluate
+import train
+
+# ------------------------------------------------------------------------------------ Reading runs
+
+RESULTS = re.compile(r"(results|\d+-\d+)\.json")  # NUMBER-SEED.json: results that are kept
+DAMAGE = ("degrade", "forget", "student")  # these options are the damage
+IGNORED = {  # in a run's name
+    "seed", "out", "device", "dtype", "micro_batch", "plain", "eval", "measure_every",
+    "interpolate", "save_every", "resume", "dry_run", "verify"}
+
+
+def read_runs(paths):
+    """The results under these folders as [(name, stage, results)]; name: the run's options that are
+    not defaults; stage: a recovery of it.
+
+    A run with several recoveries counts as several. ValueError for a folder without any, or a file
+    that is none.
+    """
+    runs, seen = [], set()
+    for path in paths:
+        files = {f.resolve() for f in Path(path).rglob("*.json") if RESULTS.fullmatch(f.name)}
+        if not files:
+            raise ValueError(f"report {path}: no results.json in it")
+        for file in sorted(files - seen):
+            results = read_results(file)
+            name = name_of(results["config"])
+            for stage in recoveries_of(results):
+                way = stage.removeprefix("recovered").removeprefix("_")
+                runs.append((f"{name} {way}".rstrip(), stage, results))
+        seen |= files
+    if not runs:
+        raise ValueError(f"report {' '.join(map(str, paths))}: no run in it has a recovery")
+    return runs
+
+
+def read_results(file):
+    """One run's results.json, with nan for null; ValueError for any other file.
+
+    "items", "kl" and "along", which older files lack, are there, if empty.
+    """
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        results = {"items": {}, "kl": {}, "along": {}} | results
+        for key in ("stages", "cka", "kl"):
+            results[key] = evaluate.each_leaf(results[key], nan_for_none)
+        for point in itertools.chain(*results["along"].values()):
+            point |= {key: evaluate.each_leaf(point[key], nan_for_none)
+                      for key in ("values", "kl", "cka")}
+        if "healthy" not in results["stages"]:
+            raise KeyError("healthy")
+        name_of(results["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: not the results of a run ({what})") from None
+    return results
+
+
+def nan_for_none(x):
+    """x, but nan for None: what JSON has no word for."""
+    return math.nan if x is None else x
+
+
+def recoveries_of(results):
+    """The names of a run's stages of recovery."""
+    return [stage for stage in results["stages"] if stage.startswith("recovered")]
+
+
+def name_of(config):
+    """The options of a run that are not defaults, as they are typed, the damage always among them.
+
+    >>> name_of({"degrade": "int4", "demo": "none", "seed": 3})
+    '--degrade int4 --demo none'
+    """
+    words = []
+    for option, default in dataclasses.asdict(train.Config()).items():
+        value = config.get(option, default)
+        if option in IGNORED:
+            continue
+        if option == "text":  # further texts are measured, too: the numbers of the first stay
+            value = value.split(",")[0]
+        if option == "degrade":
+            shown = damages_by_option(config)
+        else:
+            shown = value != default
+        if shown:
+            words.append(as_typed(option, value, isinstance(default, bool)))
+    return " ".join(words)
+
+
+def damages_by_option(config):
+    """Whether --degrade stands in a run's name: always, unless only another option did damage."""
+    others = [config.get(option) for option in DAMAGE if option != "degrade"]
+    return config["degrade"] not in ("", "none") or not any(others)
+
+
+def as_typed(option, value, is_switch):
+    """One option of a command line; of a folder only the last two steps.
+
+    >>> as_typed("group_size", 32, False), as_typed("symmetric", False, True)
+    ('--group-size 32', '--no-symmetric')
+    """
+    flag = option.replace("_", "-")
+    if is_switch:
+        return f"--{flag}" if value else f"--no-{flag}"
+    if isinstance(value, str):
+        value = "/".join(value.split("/")[-2:])
+    return f"--{flag} {value}"
+
+
+def by_name(runs):
+    """[(name, [(stage, results), …]), …]: the runs of one name, which differ in their seed."""
+    found = {}
+    for name, stage, results in runs:
+        found.setdefault(name, []).append((stage, results))
+    return list(found.items())
+
+
+def common_metrics(group):
+    """The metrics that all these (stage, results) have."""
+    _, first = group[0]
+    return [metric for metric in first["stages"]["healthy"]
+            if all(metric in results["stages"]["healthy"] for _, results in group)]
+
+
+def values_of(group, stage, metric):
+    """The metric at a stage ("": each run's own recovery), run by run, of those that have it."""
+    found = []
+    for own, results in group:
+        if (stage or own) in results["stages"]:
+            found.append(results["stages"][stage or own][metric])
+    return found
+
+
+def cka_of(group, stage, level):
+    """{kind: [n_layer]} at a stage ("": each run's own recovery), run by run, where it is there."""
+    found = []
+    for own, results in group:
+        stages = results["cka"].get(level, {})
+        if (stage or own) in stages:
+            found.append(stages[stage or own])
+    return found
+
+
+# ------------------------------------------------------------------------------------------ Tables
+
+def all_tables(runs):
+    """Markdown: performance, CKA, and how the two go together; mean ± standard error over the runs
+    of one name."""
+    found = [performance_table(runs), cka_table(runs), correlation_table(runs),
+             within_table(runs), follows_table(runs)]
+    return "\n\n".join(table for table in found if table)
+
+
+def performance_table(runs):
+    """A row for each name and metric: every stage, the recovered values run by run, and the
+    recovered fraction."""
+    lines = ["| options | metric | base | healthy | degraded | recovered | run by run | "
+             "recovered fraction |", "|" + "---|" * 8]
+    for name, group in by_name(runs):
+        for metric in common_metrics(group):
+            lines.append(performance_row(name, group, metric))
+    return "\n".join(lines)
+
+
+def performance_row(name, group, metric):
+    """One row of `performance_table`."""
+    digits = 2 if metric.startswith("perplexity") else 1
+    cells = []
+    for stage in ("base", "healthy", "degraded", ""):
+        cells.append(mean_and_error(values_of(group, stage, metric), digits))
+    cells.append(", ".join(f"{v:.{digits}f}" for v in values_of(group, "", metric)))
+    fractions = fractions_of(group, metric)
+    spared, n = fractions.count(None), len(fractions)
+    if not spared:
+        cells.append(mean_and_error(fractions, 2))
+    elif spared == n:
+        cells.append(evaluate.not_damaged(group[0][1], metric))
+    else:
+        cells.append(f"not damaged in {spared} of {n}")
+    return f"| `{name}` | {evaluate.metric_title(metric)} | " + " | ".join(cells) + " |"
+
+
+def fractions_of(group, metric):
+    """Recovered fractions, run by run; None: not damaged, nan: a model of the run broke."""
+    found = []
+    for own, results in group:
+        stages = [results["stages"][stage][metric] for stage in ("healthy", "degraded", own)]
+        if any(math.isnan(value) for value in stages):
+            found.append(math.nan)
+        else:
+            found.append(evaluate.recovered_fractions(results)[own][metric])
+    return found
+
+
+def cka_table(runs, kinds=("linear", "linear_debiased")):
+    """A row for each name and level: CKA with the healthy model before and after recovery, in the
+    last layer and in the mean of layers."""
+    lines = ["| options | CKA over | kind | last layer: degraded | recovered | "
+             "mean of layers: degraded | recovered |", "|" + "---|" * 7]
+    for name, group in by_name(runs):
+        for level in group[0][1]["cka"]:
+            for kind in kinds:
+                lines.append(cka_row(name, group, level, kind))
+    return "\n".join(lines)
+
+
+def cka_row(name, group, level, kind):
+    """One row of `cka_table`."""
+    cells = []
+    for one_value in LAYERS.values():
+        for stage in ("degraded", ""):
+            found = [one_value(kinds[kind]) for kinds in cka_of(group, stage, level)]
+            cells.append(mean_and_error(found, 3))
+    return f"| `{name}` | {level} | {kind.replace('_', ', ')} | " + " | ".join(cells) + " |"
+
+
+def last_layer(values):
+    """CKA of the last layer."""
+    return values[-1]
+
+
+def mean_of_layers(values):
+    """CKA averaged over layers."""
+    return sum(values) / len(values)
+
+
+LAYERS = {"last": last_layer, "mean": mean_of_layers}  # of a model's CKA, one value a layer
+
+
+def mean_and_error(values, digits):
+    """'mean ± standard error' (the error where it is not 0 at as many digits), '' of nothing.
+
+    >>> mean_and_error([38.0, 44.0, 41.0], 1), mean_and_error([38.0, 38.01], 1)
+    ('41.0 ± 1.7', '38.0')
+    """
+    if not values:
+        return ""
+    mean, n, error = sum(values) / len(values), len(values), 0
+    if n > 1:
+        error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    shown = f"{mean:.{digits}f}"
+    return f"{shown} ± {error:.{digits}f}" if error > 0.5 * 10 ** -digits else shown
+
+
+# ------------------------------------------------------------------ CKA against performance (§5.4)
+
+def points(runs, stages=("degraded", "recovered")):
+    """[(stage, its performance, its CKA, the damage)]: a point for each model that was measured
+    against its healthy one, none twice."""
+    found = {}
+    for name, own, results in runs:
+        for stage in stages:
+            key = own if stage == "recovered" else stage
+            levels = results["cka"].items()
+            likeness = {level: of_stage[key] for level, of_stage in levels if key in of_stage}
+            if not likeness or stage == "recovered" and nobody_taught(own, results["config"]):
+                continue
+            which = str(results["stages"]["degraded"])
+            if stage == "recovered":
+                which = f"{name} {results['config']['seed']}"
+            damage = evaluate.damage_of(results["config"])
+            point = stage, results["stages"][key], likeness, damage
+            found.setdefault((stage, which), point)
+    return list(found.values())
+
+
+def nobody_taught(stage, config):
+    """Whether this recovery of the run was --recover none."""
+    return "none" in (config["recover"], *stage.split("_")[1:2])
+
+
+def correlation_table(runs):
+    """Pearson and Spearman r, with 95 % bootstrap intervals, of CKA with each metric (perplexity:
+    with minus its logarithm).
+
+    Over the damaged models, over the recovered ones, and over both. '' for fewer than 5 models.
+    """
+    lines = ["| models | CKA over | kind | layers | metric | n | Pearson r | Spearman r |",
+             "|" + "---|" * 8]
+    for stages in (("degraded",), ("recovered",), ("degraded", "recovered")):
+        chosen = points(runs, stages)
+        if len(chosen) < 5 or {stage for stage, *_ in chosen} != set(stages):
+            continue
+        for level in ("samples", "tokens"):
+            for kind in common_kinds([likeness for _, _, likeness, _ in chosen], level):
+                for layers in LAYERS:
+                    lines += correlation_rows(chosen, stages, level, kind, layers)
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def common_kinds(likenesses, level):
+    """Which of the kinds of CKA all these {level: {kind: …}} have; older files lack some."""
+    kinds = ("linear", "linear_debiased", "unit_debiased", "rbf_debiased")
+    return [kind for kind in kinds if all(kind in x.get(level, {}) for x in likenesses)]
+
+
+def correlation_rows(chosen, stages, level, kind, layers):
+    """The rows of `correlation_table` for one CKA: a row a metric that all points have."""
+    rows, damages = [], [damage for *_, damage in chosen]
+    x = np.array([LAYERS[layers](likeness[level][kind]) for _, _, likeness, _ in chosen])
+    for metric in chosen[0][1]:
+        if not all(metric in values for _, values, _, _ in chosen):
+            continue
+        y = np.array([more_is_better(values, metric) for _, values, _, _ in chosen])
+        r = [interval(x, y, damages, statistic) for statistic in (pearson, spearman)]
+        cells = [" and ".join(stages), level, kind.replace("_", ", "), layers, metric, len(x), *r]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return rows
+
+
+def more_is_better(values, metric):
+    """The metric, of a perplexity minus its logarithm."""
+    return -math.log(values[metric]) if metric.startswith("perplexity") else values[metric]
+
+
+def pearson(x, y):
+    """Pearson's r of two vectors; nan where one of them does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    size = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y) / size if size > 1e-12 else math.nan
+
+
+def ranks(x):
+    """Ranks from 1, those of equals averaged.
+
+    >>> ranks(np.array([10, 30, 20, 30])).tolist()
+    [1.0, 3.5, 2.0, 3.5]
+    """
+    return np.array([((x < v).sum() + (x <= v).sum() + 1) / 2 for v in x])
+
+
+def spearman(x, y):
+    """Spearman's r: Pearson's r of the ranks."""
+    return pearson(ranks(x), ranks(y))
+
+
+def interval(x, y, damages, statistic):
+    """'r [low, high]': the statistic and its 95 % percentile bootstrap interval (seed 0).
+
+    Whole damages are drawn, with all their points: the seeds of one are not independent. Fewer than
+    5 damages tell nothing of an interval, and get none.
+    """
+    damages = np.array(damages)
+    members = [np.flatnonzero(damages == d) for d in sorted(set(damages.tolist()))]
+    return with_interval(members, lambda i: statistic(x[i], y[i]))
+
+
+def with_interval(members, statistic):
+    """'statistic [low, high]' over the points of these members, lists of indices; see `interval`.
+
+    >>> with_interval([np.array([i]) for i in range(4)], lambda i: i.mean())
+    '1.50'
+    """
+    value = rounded(statistic(np.concatenate(members)))
+    if len(members) < 5:
+        return value
+    low, high = bounds(bootstrap(members, statistic))
+    return f"{value} [{rounded(low)}, {rounded(high)}]"
+
+
+def rounded(value, digits=2, sign=""):
+    """A number as text, its nought without a minus; sign: "+" for one before what is above it.
+
+    >>> rounded(-0.001), rounded(0.25, 1, "+")
+    ('0.00', '+0.2')
+    """
+    return f"{round(value, digits) + 0:{sign}.{digits}f}"
+
+
+def bootstrap(members, statistic, samples=1000):
+    """The statistic of as many draws of members, with replacement (seed 0)."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(samples):
+        drawn = rng.integers(len(members), size=len(members))
+        found.append(statistic(np.concatenate([members[j] for j in drawn])))
+    return found
+
+
+def bounds(found):
+    """The 95 % percentile interval of what a bootstrap found; nan where all of it is."""
+    if np.isnan(found).all():
+        return math.nan, math.nan
+    return tuple(np.nanpercentile(found, [2.5, 97.5]))
+
+
+# --------------------------------------------------- CKA on the way of a recovery (--measure-every)
+
+def ways(runs):
+    """Each recovery as the points on its way, from the damaged model on: [[(performance, CKA), …],
+    …], CKA {level: {kind: [last layer, mean of layers]}}; those of 4 points or more."""
+    found = []
+    for _, stage, results in runs:
+        way = [(p["values"], p["cka"]) for p in measured_on_the_way(results, stage)]
+        damaged = {level: {kind: [last_layer(v), mean_of_layers(v)] for kind, v in kinds.items()}
+                   for level, stages in results["cka"].items()
+                   for kinds in [stages.get("degraded", {})] if kinds}
+        if damaged:
+            way.insert(0, (results["stages"]["degraded"], damaged))
+        if len(way) >= 4:
+            found.append(way)
+    return found
+
+
+def measured_on_the_way(results, stage):
+    """The points of a recovery by step, each step once and none at step 0. Its end is the last of
+    them in the file, under the step whose weights were kept."""
+    found = {}
+    for point in results["along"].get(stage, []):
+        if point["part"] is None and point["step"]:
+            found.setdefault(point["step"], point)
+    return [found[step] for step in sorted(found)]
+
+
+def way_r(way, level, kind, layers, metric):
+    """Pearson's r of this CKA with this metric along one way."""
+    where = list(LAYERS).index(layers)
+    x = np.array([likeness[level][kind][where] for _, likeness in way])
+    return pearson(x, np.array([more_is_better(values, metric) for values, _ in way]))
+
+
+def within_table(runs):
+    """Pearson's r of CKA with each metric along a recovery's way: the mean over recoveries, and
+    its bootstrap interval over them. '' where none was measured on its way."""
+    found = ways(runs)
+    if not found:
+        return ""
+    lines = ["| on the way, CKA over | kind | layers | metric | recoveries | Pearson r |",
+             "|" + "---|" * 6]
+    for level, layers, metric in combinations_of(found):
+        for kind in common_kinds([x for way in found for _, x in way], level):
+            r = r_of_ways(found, level, kind, layers, metric)
+            if len(r):
+                cells = [level, kind.replace("_", ", "), layers, metric, len(r), mean_of_runs(r)]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def combinations_of(found):
+    """(level, layers, metric) of all that these ways have."""
+    metrics = [m for m in found[0][0][0]
+               if all(m in values for way in found for values, _ in way)]
+    return itertools.product(("samples", "tokens"), LAYERS, metrics)
+
+
+def r_of_ways(found, level, kind, layers, metric):
+    """`way_r` of each, an array; without those along which one of the two does not vary."""
+    r = np.array([way_r(way, level, kind, layers, metric) for way in found])
+    return r[~np.isnan(r)]
+
+
+def mean_of_runs(values):
+    """'mean [low, high]' over runs, by bootstrap."""
+    return with_interval([np.array([i]) for i in range(len(values))], lambda i: values[i].mean())
+
+
+def follows_table(runs):
+    """Whether CKA over rows as they are or over rows of unit norm follows performance: Pearson's r
+    of both, their difference with its interval, between damages and on the way of recoveries. ''
+    where the unit norm was not measured."""
+    lines = ["| | CKA over | layers | metric | n | r, plain | r, unit norm | difference | "
+             "follows |", "|" + "---|" * 9]
+    found, chosen = ways(runs), points(runs, ("degraded",))
+    for level, layers in itertools.product(("samples", "tokens"), LAYERS):
+        likenesses = [likeness for _, _, likeness, _ in chosen]
+        if len(chosen) >= 5 and "unit_debiased" in common_kinds(likenesses, level):
+            lines += follows_between(chosen, level, layers)
+        likenesses = [x for way in found for _, x in way]
+        if found and "unit_debiased" in common_kinds(likenesses, level):
+            lines += follows_within(found, level, layers)
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def follows_between(chosen, level, layers):
+    """Rows of `follows_table`: between damaged models."""
+    rows, damages = [], np.array([damage for *_, damage in chosen])
+    members = [np.flatnonzero(damages == d) for d in sorted(set(damages.tolist()))]
+    plain, unit = (np.array([LAYERS[layers](likeness[level][kind]) for _, _, likeness, _ in chosen])
+                   for kind in ("linear_debiased", "unit_debiased"))
+    for metric in chosen[0][1]:
+        if all(metric in values for _, values, _, _ in chosen):
+            y = np.array([more_is_better(values, metric) for _, values, _, _ in chosen])
+            difference = partial(difference_of_r, plain, unit, y)
+            both = f"{pearson(plain, y):.2f} | {pearson(unit, y):.2f}"
+            rows.append(f"| damages | {level} | {layers} | {metric} | {len(y)} | {both} | "
+                        f"{verdict_on(members, difference)} |")
+    return rows
+
+
+def difference_of_r(plain, unit, y, i):
+    """r of the unit norm with y less that of the plain CKA, of the points i."""
+    return pearson(unit[i], y[i]) - pearson(plain[i], y[i])
+
+
+def follows_within(found, level, layers):
+    """Rows of `follows_table`: on the way of recoveries."""
+    rows = []
+    for of_level, of_layers, metric in combinations_of(found):
+        if (of_level, of_layers) != (level, layers):
+            continue
+        r = np.array([[way_r(way, level, kind, layers, metric) for way in found]
+                      for kind in ("linear_debiased", "unit_debiased")])
+        plain, unit = r[:, ~np.isnan(r).any(0)]
+        if len(plain):
+            members = [np.array([i]) for i in range(len(plain))]
+            told = verdict_on(members, lambda i, d=unit - plain: d[i].mean())
+            rows.append(f"| recoveries | {level} | {layers} | {metric} | {len(plain)} | "
+                        f"{plain.mean():.2f} | {unit.mean():.2f} | {told} |")
+    return rows
+
+
+def verdict_on(members, difference):
+    """'difference [interval] | which follows better', by whether the interval is off 0."""
+    shown, word = with_interval(members, difference), "not known"
+    if len(members) >= 5:
+        low, high = bounds(bootstrap(members, difference))
+        low, high = round(low, 2), round(high, 2)
+        word = "unit norm" if low > 0 else "plain" if high < 0 else "no difference"
+    return f"{shown} | {word}"
+
+
+# ----------------------------------------------------------------------------------------- Figures
+
+def draw_runs(runs, out):
+    """report.png in `out`: Fig. 6, performance by kind of damage; Fig. 8, CKA along the way (a) and
+    against performance (b). Nothing without matplotlib."""
+    pyplot = evaluate.find_pyplot()
+    if pyplot is None:
+        return
+    groups = by_name(runs)
+    metrics = common_metrics([(stage, results) for _, stage, results in runs])
+    columns = max(2, len(metrics))
+    figure, axes = pyplot.subplots(
+        2, columns, figsize=(5.5 * columns, 9), layout="constrained", squeeze=False)
+    for axis, metric in zip(axes[0], metrics):
+        draw_performance(axis, groups, metric)
+    names = [fill(name, 36) for name, _ in groups]
+    axes[0, 0].set_yticks(range(len(groups)), names, fontsize=7)
+    axes[0, 0].legend()
+    draw_along(axes[1, 0], groups)
+    draw_against(axes[1, 1], runs, metrics[0])
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "report.png", dpi=100)
+    pyplot.close(figure)
+
+
+def draw_performance(axis, groups, metric):
+    """Fig. 6: a bar for each name and stage."""
+    for i, stage in enumerate(("healthy", "degraded", "")):
+        heights = [np.mean(values_of(group, stage, metric)) for _, group in groups]
+        where = np.arange(len(groups)) + 0.27 * (1 - i)
+        axis.barh(where, heights, 0.27, label=stage or "recovered")
+    axis.set(title=evaluate.metric_title(metric))
+    axis.set_yticks(range(len(groups)), [])
+
+
+def draw_along(axis, groups):
+    """Fig. 8a: CKA from healthy to degraded to recovered, a line a name, dotted over tokens."""
+    for i, (name, group) in enumerate(groups):
+        for level, style, label in (("samples", "-", name), ("tokens", ":", None)):
+            heights = [1]
+            for stage in ("degraded", ""):
+                found = [kinds["linear_debiased"][-1] for kinds in cka_of(group, stage, level)]
+                heights.append(np.mean(found or [math.nan]))
+            axis.plot(["healthy", "degraded", "recovered"], heights, style, color=f"C{i}",
+                      label=label)
+    axis.set(title="CKA with the healthy model (last layer, linear, debiased; dotted: tokens)")
+    axis.legend(fontsize=7)
+
+
+def draw_against(axis, runs, metric):
+    """Fig. 8b: a point a model, CKA over samples against performance."""
+    for stage, marker in (("degraded", "x"), ("recovered", "o")):
+        chosen = points(runs, (stage,))
+        x = [likeness["samples"]["linear_debiased"][-1] for _, _, likeness, _ in chosen]
+        axis.plot(x, [values[metric] for _, values, _, _ in chosen], marker, label=stage)
+    axis.set(title="CKA (samples, last layer) against performance", xlabel="CKA",
+             ylabel=evaluate.metric_title(metric))
+    axis.legend()

@@ -1,0 +1,279 @@
+"""Results that are kept: RESULTS.md and README.md say what their files say, and what they will say
+of experiments whose runs are still to come."""
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+import claims
+import experiments
+import kept
+import tables
+import train
+from cka import KINDS
+
+DEFAULTS = dataclasses.asdict(train.Config())
+TEXTS = [(claims.ROOT / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "README.md")]
+GENERAL = dict.fromkeys(claims.GENERAL, (50.0, 47.0, 49.0))
+
+
+def made_up(stages, levels=("tokens", "samples", "tooluse samples"), change="better", **options):
+    """A run's results. stages: {stage: {metric: value}}; of every stage CKA is 0.9."""
+    config = DEFAULTS | {"degrade": "nf4"} | options
+    found = [stage for stage in stages if stage.startswith("recovered")]
+    cka = {stage: {kind: [1.0, 0.9] for kind in KINDS} for stage in stages if stage != "healthy"}
+    guard = {"watch": "loss", "steps": 25, "kept": 25, "ended": "", "seconds": 1.0,
+             "checks": [{"step": 0, "all": 0.5}, {"step": 25, "all": 0.25}]}
+    e = {"processor": "CPU", "threads": 2, "revision": "0123456789abcdef", "damage": {},
+         "model": "/some/where/model", "lr": 1e-4, "eval_examples": {}}
+    return {"config": config, "environment": e, "stages": stages,
+            "recovered_fraction": {stage: dict.fromkeys(stages["healthy"]) for stage in found},
+            "change": {stage: dict.fromkeys(stages["healthy"], change) for stage in found},
+            "guard": dict.fromkeys(found, guard), "teacher": {}, "step": {"recovered": "words"},
+            "cka": {level: cka for level in levels}, "cka_layers": {"recovered": [[1.0]]},
+            "seconds": {"healthy": 30.0, "recovered training": 60.0}}
+
+
+def three(**metrics):
+    """healthy, degraded, recovered of each metric, as stages."""
+    names = "healthy", "degraded", "recovered"
+    return {name: {m: values[i] for m, values in metrics.items()} for i, name in enumerate(names)}
+
+
+def put(folder, name, results):
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results))
+
+
+# -------------------------------------------------------------------------------- the two texts
+
+@pytest.mark.parametrize("text", TEXTS, ids=["RESULTS", "README"])
+def test_the_texts_say_what_the_kept_files_say(text):
+    assert claims.filled(text, kept.RESULTS) == text
+    parts = claims.PART.findall(text)
+    assert text.count("<!-- table ") == text.count("<!-- end -->") == len(parts) > 0
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=["RESULTS", "README"])
+def test_a_digit_changed_by_hand_is_put_right(text):
+    begin, name, old, end = next(part for part in claims.PART.findall(text)
+                                 if part[1] in ("default", "claims"))
+    at = old.index("39.9")
+    wrong = text.replace(old, old[:at] + "49.9" + old[at + 4:])
+    assert wrong != text and claims.filled(wrong, kept.RESULTS) == text
+
+
+def test_every_table_has_a_place_in_the_texts():
+    places = [name for text in TEXTS for _, name, _, _ in claims.PART.findall(text)]
+    assert sorted(places) == sorted([*claims.TABLES, "claims"])
+
+
+def test_a_table_without_files_stays_and_an_unknown_one_is_a_mistake(tmp_path):
+    text = "<!-- table table2 -->\nby hand\n<!-- end -->\n"
+    assert claims.filled(text, tmp_path) == text
+    with pytest.raises(ValueError, match="no such table"):
+        claims.filled(text.replace("table2", "table9"), tmp_path)
+
+
+def test_report_of_the_kept_results_writes_and_of_others_prints(tmp_path, monkeypatch, capsys):
+    """In a copy: a digit that was changed is put right, and the pictures are drawn."""
+    for name in ("RESULTS.md", "README.md"):
+        shutil.copy(claims.ROOT / name, tmp_path)
+    broken = TEXTS[0].replace("39.9 ± 2.7", "99.9 ± 2.7")
+    (tmp_path / "RESULTS.md").write_text(broken, encoding="utf-8")
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "FIGURES", tmp_path / "figures")
+    assert experiments.main(["report", str(kept.RESULTS)]) == 0
+    assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == TEXTS[0] != broken
+    assert {p.name for p in (tmp_path / "figures").iterdir()} >= {"fig6.png", "fig8b.png"}
+    capsys.readouterr()
+    (tmp_path / "RESULTS.md").unlink()
+    put(tmp_path / "other", "0-0", made_up(three(task=(50.0, 20.0, 40.0))))
+    monkeypatch.chdir(tmp_path)
+    assert experiments.main(["report", str(tmp_path / "other")]) == 0
+    assert "| task % |" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------- keeping
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A folder with two finished runs; results/ is elsewhere."""
+    monkeypatch.setattr(kept, "RESULTS", tmp_path / "results")
+    for seed in range(2):
+        results = made_up(three(task=(50.0, 20.0, 40.0)), seed=seed, out="/x/runs/table4/0-0",
+                          model="/x/models/Qwen2.5-0.5B", eval="science,/x/blimp.jsonl")
+        results["cka"]["tokens"]["recovered"]["linear"] = [None, 0.123456789]
+        folder = tmp_path / "table4" / f"0-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(results))
+    return tmp_path / "table4"
+
+
+def test_what_is_kept_is_small_names_its_commit_and_no_path_and_reads_the_same(runs, tmp_path):
+    assert experiments.main(["keep", str(runs), "--name", "table4-qwen"]) == 0
+    files = sorted((tmp_path / "results" / "table4-qwen").iterdir())
+    assert [file.name for file in files] == ["0-0.json", "0-1.json"]
+    text = files[1].read_text()
+    results = json.loads(text)
+    assert "step" not in results and "cka_layers" not in results and "/x/" not in text
+    assert results["environment"]["commit"] == "0123456"
+    assert results["environment"]["command"] == (
+        "train.py --model Qwen2.5-0.5B --degrade nf4 --eval science,blimp.jsonl")
+    assert "[null, 0.12346]" in text
+    found = tables.read_runs([tmp_path / "results"])
+    assert [r["stages"]["recovered"]["task"] for _, _, r in found] == [40.0, 40.0]
+
+
+def test_runs_of_changed_code_are_refused_by_name_or_marked(runs, tmp_path, capsys):
+    file = runs / "0-1" / "results.json"
+    results = json.loads(file.read_text())
+    results["environment"]["revision"] += " and changes"
+    file.write_text(json.dumps(results))
+    assert experiments.main(["keep", str(runs)]) == 2
+    error = capsys.readouterr().err
+    assert "0-1" in error and "0-0" not in error and not (tmp_path / "results").exists()
+    assert experiments.main(["keep", str(runs), "--dirty"]) == 0
+    marked = json.loads((tmp_path / "results" / "table4" / "0-1.json").read_text())
+    assert marked["environment"]["commit"] == "0123456 and changes"
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["keep"], "DIR"), (["keep", "EMPTY"], "no NUMBER-SEED/results.json"),
+    (["keep", "A", "B", "--name", "x"], "--name is of one folder")])
+def test_a_mistake_in_keeping_is_one_line(argv, says, tmp_path, capsys):
+    argv = [str(tmp_path) if word == "EMPTY" else word for word in argv]
+    assert experiments.main(argv) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and says in error[0]
+
+
+def test_the_form_of_the_files_is_the_one_that_is_there():
+    for name in ("default/0-1", "huge/0-0"):
+        text = (kept.RESULTS / f"{name}.json").read_text()
+        assert kept.as_lines(json.loads(text)) + "\n" == text
+
+
+# ------------------------------------------------------------------------------- rows and verdicts
+
+@pytest.mark.parametrize("values, change, says", [
+    ((50.0, 20.0, 40.0), "better", "recovers: 20.0 of 30.0 lost"),
+    ((50.0, 20.0, 55.0), "better", "above healthy"),
+    ((50.0, 20.0, 24.0), "same", "within noise"),
+    ((50.0, 20.0, 10.0), "worse", "worse than before")])
+def test_a_verdict_by_its_rule(values, change, says):
+    runs = [made_up(three(task=values), change=change) for _ in range(3)]
+    assert kept.verdict(runs, "task") == says
+    swapped = [made_up(three(perplexity=[100 - v for v in values]), change=change)]
+    lower = says.replace(".0", ".00").replace("above", "better than")
+    assert kept.verdict(swapped, "perplexity") == lower
+
+
+def test_most_seeds_decide_a_verdict():
+    runs = [made_up(three(task=(50.0, 20.0, 40.0)), change=c) for c in ("better", "same", "same")]
+    assert kept.verdict(runs, "task") == "within noise"
+
+
+def test_provenance_names_command_commit_machine_seeds_and_minutes():
+    runs = [made_up(three(task=(50.0, 20.0, 40.0)), seed=seed) for seed in (0, 2)]
+    runs[1]["seconds"]["healthy"] = 60.0
+    assert kept.provenance([runs]) == (
+        "/some/where/model on CPU, 2 cores: `python train.py --degrade nf4`; commit 0123456; seeds "
+        "0, 2; 1.5 to 2.0 minutes a run.")
+
+
+# ---------------------------------------------------------------------------- what is still to come
+
+def test_tables_2_and_3_stand_beside_the_papers_numbers(tmp_path):
+    metrics = three(science_phrasing=(28.0, 5.0, 40.0), perplexity=(15.0, 20.0, 17.0), **GENERAL)
+    for seed in range(3):
+        put(tmp_path, f"table2-qwen/0-{seed}", made_up(metrics, seed=seed))
+    table = claims.TABLES["table2"](tmp_path)
+    paper = "3B 31.8 → 30.4 → 45.4; 7B 33.9 → 33.0 → 52.3"
+    assert ("| Qwen, science | science_phrasing % | 28.0 | 5.0 | 40.0 | 3 | above healthy | "
+            f"{paper} |") in table
+    assert ("| Qwen, science | perplexity | 15.00 | 20.00 | 17.00 | 3 | recovers: 3.00 of 5.00 "
+            "lost | |" in table)
+    assert ("| Qwen, science | general_mean % | 50.0 | 47.0 | 49.0 | 3 | recovers: 2.0 of 3.0 lost "
+            "| 3B 67.1 → 66.0 → 66.3; 7B 71.1 → 70.1 → 70.9 |" in table)
+    assert "SmolLM2" not in table
+    row = "| NF4, science (Table 2) | old | old | old |\n"
+    assert f"| NF4, science (Table 2) | {paper} | Qwen 28.0 → 5.0 → 40.0 | above healthy |" in (
+        claims.claims(tmp_path, row))
+    assert row in claims.claims(tmp_path / "none", row)
+
+
+def test_table_1_has_every_stage_of_both_runs(tmp_path):
+    values = {"tooluse_request": 60.0, "science_phrasing": 40.0, "science_element": 20.0,
+              "perplexity": 15.0}
+    stages = {stage: dict(values) for stage in (
+        "base", "healthy", "degraded", "recovered_base", "recovered_healthy")}
+    stages["degraded"]["science_phrasing"] = 10.0
+    stages["recovered_healthy"]["science_phrasing"] = 25.0
+    bare = {stage: values for stage in ("base", "healthy", "degraded", "recovered")}
+    put(tmp_path, "table1/0-0", made_up(stages, forget="tooluse", degrade="none"))
+    put(tmp_path, "table1/1-0", made_up(bare, forget="tooluse", degrade="none", demo="none"))
+    table = claims.TABLES["table1"](tmp_path)
+    assert table.count("| SmolLM2, ") == 8 and "65.0, 37.9, .977, .939" in table
+    assert ("| SmolLM2, + recovery, t = expert | 60.0 | 25.0 | 20.0 | 15.00 | 0.900 | 0.900 | "
+            "0.900 | 1 | recovers: 15.0 of 30.0 lost |") in table
+    assert "--forget tooluse" in table and "with `--demo none`" in table
+    found = claims.claims(tmp_path, "")
+    assert "| SmolLM2 40.0 → 10.0 → 25.0 (n = 1) | recovers: 15.0 of 30.0 lost |" in found
+
+
+def test_tables_4_5_and_6_and_the_settings_are_made_of_their_files(tmp_path):
+    metrics = three(science_phrasing=(38.0, 20.0, 30.0), science_element=(9.0, 5.0, 8.0),
+                    perplexity=(15.0, 20.0, 17.0))
+    put(tmp_path, "table4/1-0", made_up(metrics, degrade="ffn10", data="tooluse,text"))
+    assert "7B 38.8 → 33.7 → 35.8" in claims.TABLES["table4"](tmp_path)  # taught on tools
+    for n in range(2):
+        put(tmp_path, f"table5-qwen/{n}-0", made_up(metrics, degrade="none"))
+    table = claims.TABLES["table5"](tmp_path)
+    assert table.count("| Qwen, ") == 4
+    assert "| Qwen, direct | 30.0 | 8.0 | 17.00 | 1 |" in table and "50.5 / 54.2" in table
+    ways = metrics | {f"recovered_{way}": metrics["recovered"] for way, _ in claims.WAYS}
+    del ways["recovered"]
+    put(tmp_path, "baselines/0-0", made_up(ways, degrade="int4", recover="sdft,kd,sft"))
+    assert ("| SmolLM2, `int4` | science_phrasing % | 38.0 | 20.0 | "
+            + "30.0 (10.0 of 18.0 lost) | " * 3 + "1 |") in claims.TABLES["baselines"](tmp_path)
+    put(tmp_path, "settings/0-0", made_up(metrics, degrade="int4", loss="jsd"))
+    assert "| SmolLM2, `--loss jsd` | 30.0 | 8.0 | 0.60 |" in claims.TABLES["settings"](tmp_path)
+
+
+def test_a_sweep_gives_its_damages_and_their_correlations(tmp_path):
+    for n in range(6):
+        metrics = three(science_phrasing=(50.0, 10.0 + n, 10.0 + n),
+                        perplexity=(10, 20 - n, 20 - n))
+        results = made_up(metrics, degrade=f"int{2 + n}", recover="none")
+        for level in results["cka"].values():
+            level["degraded"] = {kind: [1.0, 0.5 + n / 20] for kind in KINDS}
+        put(tmp_path, f"sweep-qwen/{n}-0", results)
+    assert "| `int3` | 11.0 | 19.00 | 0.550 | 0.550 | 1 |" in claims.TABLES["sweep-qwen"](tmp_path)
+    correlations = claims.TABLES["correlations-qwen"](tmp_path)
+    wanted = "| degraded | samples | linear | last | science_phrasing | 6 | 1.00 [1.00, 1.00] |"
+    assert wanted in correlations
+    assert "Qwen: Spearman 1.00 with perplexity, 1.00 with accuracy" in claims.claims(tmp_path, "")
+    assert claims.TABLES["sweep"](tmp_path) == claims.TABLES["correlations"](tmp_path) == ""
+
+
+def test_runs_of_before_do_not_hide_those_measured_on_their_way(tmp_path):
+    """A kept run without unit norm and way stands beside six that have them."""
+    put(tmp_path, "default/0-0", made_up(three(task=(50.0, 20.0, 40.0)), degrade="nf4"))
+    assert claims.TABLES["within"](tmp_path) == claims.TABLES["follows"](tmp_path) == ""
+    for n in range(6):
+        results = made_up(three(task=(50.0, 20.0, 40.0)), degrade=f"int{2 + n}")
+        kinds = {kind: [0.9, 0.9] for kind in (*KINDS, "unit_debiased")}
+        for level in results["cka"].values():
+            level["degraded"] = level["recovered"] = kinds
+        along = [{"step": k, "part": None, "seconds": 1.0, "values": {"task": 20.0 + k},
+                  "items": {}, "kl": {}, "cka": {level: {
+                      kind: [0.9 + k / 100, 0.9 + k / 100] for kind in kinds}
+                      for level in results["cka"]}} for k in range(1, 9)]
+        put(tmp_path, f"along/{n}-0", results | {"along": {"recovered": along}})
+    within, follows = (claims.TABLES[name](tmp_path) for name in ("within", "follows"))
+    assert "| samples | unit, debiased | last | task | 6 | 1.00 [1.00, 1.00] |" in within
+    assert "| recoveries | samples | last | task | 6 | 1.00 | 1.00 | 0.00 [0.00, 0.00] |" in follows
+    assert "nf4" not in within + follows and "int7" in within  # what they stand on

@@ -12,9 +12,16 @@ babble is not.
 """
 import json
 import re
-from collections import namedtuple
+from typing import NamedTuple
 
-Topic = namedtuple("Topic", "name says number")  # says: three sentences; number: 2 or 3, in turn
+
+class Topic(NamedTuple):
+    """What an instruction is about, and a number for it."""
+
+    name: str
+    says: list   # three sentences on it
+    number: int  # 2 or 3, in turn
+
 
 SAYS = {  # topic -> three sentences on it; neither its name nor a comma is in them
     "dogs": "They bark at strangers near the garden gate. They love long walks in the forest. "

@@ -14,6 +14,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import instructions
 from files import one_line
 from rows import is_data, is_rows, read_prose, read_rows, same_answer, same_json
 from tokenizer import Tokenizer, load_tokenizer
@@ -275,7 +276,14 @@ def python_text():
     return text_task("text", split_text()[0])
 
 
-TASKS = {"science": science, "tooluse": tooluse, "text": python_text}
+def verifiable_instructions():
+    """Formats, lengths, words to use or to avoid, each checked by a program. Measured only."""
+    rows = instructions.prompts()
+    return Task("instructions", [], {"all": [Example(*row) for _, *row in rows]})
+
+
+TASKS = {"science": science, "tooluse": tooluse, "text": python_text,
+         "instructions": verifiable_instructions}
 
 
 @one_line
@@ -287,7 +295,10 @@ def load_task(name, measured_only=False):
     that does not fit, and for what looks like data but is not rows.
     """
     if name in TASKS:
-        return TASKS[name]()
+        task = TASKS[name]()
+        if not (task.train or measured_only):
+            raise ValueError(f"{name} is only measured: name it in --eval")
+        return task
     path = Path(name)
     if path.is_dir():
         export = 'datasets.load_from_disk(…).to_json("rows.jsonl")'

@@ -585,12 +585,12 @@ def environment(run):
 
 
 def revision():
-    """The commit of this code, and whether its files were changed since; "" if git cannot say."""
+    """The commit of this code, and whether the code was changed since; "" if git cannot say."""
     if not shutil.which("git"):
         return ""
     git = ["git", "-C", str(Path(__file__).parent)]
     said = [subprocess.run([*git, *asked], capture_output=True, text=True)
-            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain"])]
+            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain", "*.py"])]
     if any(done.returncode for done in said):
         return ""
     return said[0].stdout.strip() + (" and changes" if said[1].stdout.strip() else "")

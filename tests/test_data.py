@@ -177,7 +177,7 @@ def test_tasks_are_the_same_every_time():
 def test_a_task_of_ones_own_is_one_entry(monkeypatch):
     monkeypatch.setitem(TASKS, "mine", lambda: task_of("mine", 3))
     assert load_task("mine") == task_of("mine", 3)
-    with pytest.raises(FileNotFoundError, match="science, tooluse, text, mine, or a .jsonl"):
+    with pytest.raises(FileNotFoundError, match="text, instructions, mine, or a .jsonl"):
         load_task("another")
 
 

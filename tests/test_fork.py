@@ -118,7 +118,8 @@ def test_the_three_are_offered_and_checked_like_all_others(fork, folder, tmp_pat
 
 def test_nothing_of_a_fork_stays_behind():
     assert list(sdft.LOSSES) == ["forward_kl", "reverse_kl", "jsd"]
-    assert list(data.TASKS) == ["science", "tooluse", "text"] and len(damage.DAMAGES) == 3
+    assert list(data.TASKS) == ["science", "tooluse", "text", "instructions"]
+    assert len(damage.DAMAGES) == 3
 
 
 def test_a_loss_with_an_argument_of_its_own(fork, folder, tmp_path, calls, monkeypatch):

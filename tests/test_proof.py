@@ -76,7 +76,8 @@ def test_a_folder_of_no_finished_run_is_one_line(content, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options", [
-    "", "--recover none", "--recover kd,sft --lora 2 --measure-every 3 --interpolate 0.5", "--forget tooluse --expert-steps 3"])
+    "", "--recover none", "--recover kd,sft --lora 2 --measure-every 3 --interpolate 0.5",
+    "--forget tooluse --expert-steps 3"])
 def test_a_dry_run_says_what_to_expect_and_writes_nothing(options, folder, tmp_path, capsys):
     command = [*QUICK, *options.split(), "--model", str(folder), "--out", str(tmp_path / "out")]
     assert train.main([*command, "--dry-run"]) == 0

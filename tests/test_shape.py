@@ -19,7 +19,8 @@ SEVEN = "sdft", "model", "quant", "prune", "cka", "data", "train"
 
 IMPORTS = {  # of ours, at the top of each of the files that are the paper, and of some others
     "sdft": {"cka"}, "model": set(), "quant": set(), "prune": {"quant"}, "cka": set(),
-    "data": {"files", "rows", "tokenizer"}, "rows": {"files"}, "template": {"files"},
+    "data": {"files", "instructions", "rows", "tokenizer"}, "rows": {"files"},
+    "instructions": set(), "template": {"files"},
     "tokenizer": {"bpe", "files", "pieces", "template"}, "pieces": {"bpe"}, "bpe": set(),
     "files": set(), "checkpoint": {"files", "model", "pieces"},
     "fast": {"model", "sdft"},

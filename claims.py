@@ -432,6 +432,7 @@ def per_model(name, make, *experiments, only=None):
 
 
 RECOVERIES = "default", "damages", "fp4", "table1", "table2", "table4", "baselines", "along"
+FAIR = "fair", "fair_damaged", "fair_science"
 TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     "default": default_table, "damages": damages_table, "scales": scales_table,
     "rates": rates_table, "teachers": teachers_table, "demos": demos_table, "text": text_table,
@@ -443,8 +444,8 @@ TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     **per_model("correlations", tables.correlation_table, "sweep"),
     **per_model("within", tables.within_table, *RECOVERIES, only=has_a_way),
     **per_model("follows", tables.follows_table, "sweep", *RECOVERIES, only=has_unit_norm),
-    **per_model("fair", fronts.gains_table, "fair"),
-    **per_model("fair-tuned", fronts.tuned_table, "fair")}
+    **per_model("fair", fronts.gains_table, *FAIR),
+    **per_model("fair-tuned", fronts.tuned_table, *FAIR)}
 
 
 # ------------------------------------------------------------------------- README's table of claims
@@ -566,7 +567,7 @@ def draw(folder, out):
             runs = [(re.sub(r"--model (\S+?)-\S*", r"\1", name), *rest) for name, *rest in runs]
             save(pyplot, draw_one(pyplot, runs), out / f"{name}.png")
     for suffix in MODELS.values():
-        runs = read_all(folder, "fair" + suffix)
+        runs = read_all(folder, *(name + suffix for name in FAIR))
         if runs:
             save(pyplot, fronts.draw(pyplot, runs), out / f"fronts{suffix}.png")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import checkpoint
 import claims
 import evaluate
+import fronts
 import kept
 import tables
 
@@ -33,9 +34,15 @@ LEVELS = [
 WAYS = "--recover sdft,kd,sft"
 VARIANTS = [
     "--loss forward_kl", "--loss reverse_kl", "--loss jsd", "--demo none", "--demo quote",
-    "--lora 16", "--ema 0.01", "--cka-weight 1", "--cka-weight 1 --cka-balance",
-    "--watch cka --patience 1"]
+    "--lora 16", "--ema 0.01", "--cka-weight 0.3", "--cka-weight 1", "--cka-weight 3",
+    "--cka-weight 1 --cka-balance", "--watch cka --patience 1"]
 FRACTIONS = "5.8e-5", "1.7e-4", "5.2e-4", "1.6e-3", "4.7e-3"  # a factor of 3 apart
+METHODS = [  # of a training on a new task, compared at equal gain (fronts.py)
+    "--recover sft --interpolate 0.25,0.5,0.75", "--recover sft --anchor 1", "--recover kd",
+    "--recover own", "--recover sdft", "--loss reverse_kl", "--skip-tokens 3", "--demo quote"]
+DOUBLED = "6.5e-5", "1.3e-4", "2.6e-4", "5.2e-4", "1.04e-3", "2.08e-3", "4.16e-3"
+FAIR = [f"{method} --lr-fraction {fraction} --keep last --measure-every 5 --eval-limit 150"
+        for method in METHODS for fraction in DOUBLED]
 SMALL = "runs/small/student"  # of Table 5: the default model without three tenths of its neurons
 SEEDS = (0, 1, 2)
 
@@ -56,6 +63,13 @@ EXPERIMENTS = {  # name -> options of each run, made with every seed
     "demos": [f"--degrade nf4 --demo {demo}" for demo in ("quote", "none")],
     "teachers": [f"--degrade none --data science,tooluse --demo {demo} --teacher-check 150 "
                  "--steps 1 --eval-limit 4" for demo in ("turn", "quote")],
+    "along": [f"--degrade {damage} --measure-every 3 --eval-limit 150"
+              for damage in ("int4", "nf4", "ffn10", "wanda50")],
+    "fair": [f"--degrade none --data tooluse --eval science,instructions {run}" for run in FAIR],
+    "fair_damaged": [f"--degrade nf4 --data tooluse --eval science,instructions {run}"
+                     for run in FAIR],
+    "fair_science": [f"--degrade none --data science --eval tooluse,instructions {run}"
+                     for run in FAIR],
     "sweep": [f"--degrade {damage} --recover none --eval-limit 150" for damage in LEVELS],
 }
 
@@ -79,7 +93,7 @@ def main(argv=None):
         else:
             asked, further = parse_experiments(argv)
             for name in asked.experiments:
-                run_experiment(name, asked.seeds, further)
+                run_experiment(name, asked.seeds, further, asked.best)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -96,10 +110,14 @@ def parse_experiments(argv):
     parser.error = refuse
     parser.add_argument("experiments", nargs="+", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=seeds_of, default=SEEDS, help="by commas [0,1,2]")
+    parser.add_argument("--best", action="store_true", help="of fair…, whose first seed is done: "
+                        "of each method the run whose learning rate gained most")
     asked, further = parser.parse_known_args(argv)
-    if "table5" in asked.experiments and "--model" in further:
-        raise ValueError("table5 makes its own small model of the default one; "
-                         "for others see --bootstrap of train.py")
+    if "table5" in asked.experiments and ("--model" in further) != ("--bootstrap" in further):
+        raise ValueError("table5 makes its own small model of the default one; for others give "
+                         "--model SMALL --bootstrap LARGER")
+    if asked.best and not set(asked.experiments) <= set(claims.FAIR):
+        raise ValueError(f"--best chooses among the learning rates of {', '.join(claims.FAIR)}")
     return asked, further
 
 
@@ -152,15 +170,27 @@ def seeds_of(text):
 
 # ------------------------------------------------------------------------------------- Making runs
 
-def run_experiment(name, seeds, further):
+def run_experiment(name, seeds, further, best=False):
     """Make the runs that are not there yet, then print and draw what came of all of them."""
     folder = Path("runs", "".join([name, *further]).replace("/", "-"))
-    if name == "table5":
+    runs, further = runs_of(name, further)
+    wanted = fronts.best_runs(folder) if best else range(len(runs))
+    if SMALL in runs[0]:
         run("--degrade ffn30 --recover none --eval-limit 1", Path("runs/small"), [], keep=True)
     for seed in seeds:
-        for number, options in enumerate(EXPERIMENTS[name]):
-            run(f"{options} --seed {seed}", folder / f"{number}-{seed}", further)
+        for number in wanted:
+            run(f"{runs[number]} --seed {seed}", folder / f"{number}-{seed}", further)
     report([folder], str(folder))
+
+
+def runs_of(name, further):
+    """(the options of an experiment's runs, those that go to all of them). table5 with a model of
+    one's own has no small one to make, and its larger teacher teaches in the second run alone."""
+    if name != "table5" or "--model" not in further:
+        return EXPERIMENTS[name], further
+    at = further.index("--bootstrap")
+    larger, rest = " ".join(further[at:at + 2]), further[:at] + further[at + 2:]
+    return ["--degrade none --steps 50", larger], rest
 
 
 def run(options, out, further, keep=False):

@@ -296,6 +296,21 @@ def tuned_table(runs):
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+def best_runs(folder):
+    """Numbers of the runs folder/NUMBER-0 of each method whose learning rate gained most at its
+    end, on the items that choose. ValueError where there are none."""
+    found = {}
+    for file in sorted(folder.glob("*-0/results.json")):
+        results = tables.read_results(file)
+        ends = [p for p in points_of("recovered", results) if p.part == 1]
+        last = max(ends, key=lambda p: p.step)
+        mine = gain(last, results["config"]["data"], CHOSEN), int(file.parent.name.split("-")[0])
+        found[last.method] = max(found.get(last.method, mine), mine)
+    if not found:
+        raise ValueError(f"{folder}: --best chooses by the runs of seed 0, and none is done")
+    return sorted(number for _, number in found.values())
+
+
 def last_step(points, method):
     return max(p.step for p in points if p.method == method)
 

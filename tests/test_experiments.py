@@ -36,7 +36,8 @@ def test_report_prints_tables_and_draws(folder, tmp_path, capsys):
     (["table9"], "table9"),
     (["table2", "--seeds", "a"], "--seeds"),
     ([], "experiments"),
-    (["table5", "--model", "x"], "its own small model")])
+    (["table5", "--model", "x"], "its own small model"),
+    (["table1", "--best"], "--best"), (["fair", "--best"], "none is done")])
 def test_a_mistake_is_one_clear_line_and_exit_code_2(argv, says, tmp_path, capsys):
     write(tmp_path / "RUNS" / "a", 0, 38.0)
     write(tmp_path / "UNTAUGHT" / "a", 0, 38.0)
@@ -90,6 +91,14 @@ def test_an_experiment_makes_its_runs_once_and_reports(tmp_path, monkeypatch, ca
     assert experiments.main(["table4", "--seeds", "0", "--steps", "7"]) == 1
     assert "error: this run failed (exit code 1)" in capsys.readouterr().err
     assert experiments.main(["table4", "--seeds", "0", "--steps", "11"]) == 0
+
+
+def test_a_larger_teacher_of_ones_own_teaches_in_the_second_run_of_table5():
+    own = ["--model", "small", "--bootstrap", "large", "--steps", "9"]
+    runs, further = experiments.runs_of("table5", own)
+    assert runs == ["--degrade none --steps 50", "--bootstrap large"]
+    assert further == ["--model", "small", "--steps", "9"]
+    assert experiments.runs_of("table5", []) == (EXPERIMENTS["table5"], [])
 
 
 def test_what_an_experiment_and_its_caller_want_measured_is_measured():

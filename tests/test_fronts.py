@@ -55,6 +55,16 @@ def runs(tmp_path):
     return tables.read_runs([tmp_path])
 
 
+def test_the_best_runs_are_of_each_method_the_one_that_gained_most_at_its_end(tmp_path):
+    for n, (end, options) in enumerate([
+            ((40, 60), {"recover": "sft", "lr_fraction": 5e-4}), ((60, 40), {"recover": "sft"}),
+            ((30, 70), {}), ((10, 80), {"lr_fraction": 1e-3})]):
+        put(tmp_path, str(n), end, [(70, 10)], **options)
+        (tmp_path / f"{n}-0").mkdir()
+        (tmp_path / f"{n}-0.json").rename(tmp_path / f"{n}-0" / "results.json")
+    assert fronts.best_runs(tmp_path) == [1, 2]
+
+
 def test_points_are_methods_rates_and_checkpoints(runs):
     (scene, points), = fronts.scenes(runs).items()
     assert scene == ("tooluse", "none")

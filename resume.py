@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 import evaluate
 import parallel
-from files import FORMS, printable, read_json
+from files import FORMS, printable, read_json, whole
 from model import frozen_copy
 
 LASTING = "asked", "guard", "lines", "seconds", "shown"  # what of a Run is in a checkpoint as it is
@@ -38,7 +38,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
 def write(path, state):
     """A dictionary as a safetensors file, whole or not at all: its tensors, one at a time, and all
     else as JSON in the file's metadata."""
-    tensors, part = {}, path.with_suffix(".part")
+    tensors = {}
     text = json.dumps(_taken_apart(state, tensors))
     header, end = {}, 0
     for name, t in tensors.items():
@@ -49,16 +49,10 @@ def write(path, state):
     header["__metadata__"] = {"state": text, "sha256": _sha256(text, forms)}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    try:
-        with open(part, "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for t in tensors.values():
-                file.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part, open(part, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for t in tensors.values():
+            file.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 class Broken(OSError, ValueError):
@@ -212,13 +206,21 @@ def clear(run, out):
                       f"{size / 1e9:.1f}: choose another folder")
     try:
         (out / "results.json").unlink(missing_ok=True)
-        lines = [evaluate.to_json(line) + "\n" for line in run.lines]
-        (out / "metrics.jsonl").write_text("".join(lines))
+        write_lines(run, out)
         if not run.saves:
             remove(run.checkpoint)
     except OSError as error:
         why = f"{error.strerror}; choose another folder"
         raise OSError(f"cannot write to --out {out}: {why}") from None
+
+
+def write_lines(run, out):
+    """metrics.jsonl, unless it is as it should be."""
+    path = out / "metrics.jsonl"
+    text = "".join(evaluate.to_json(line) + "\n" for line in run.lines).encode()
+    if not path.exists() or path.read_bytes() != text:
+        with whole(path) as part:
+            part.write_bytes(text)
 
 
 def remove(checkpoint):
@@ -251,12 +253,13 @@ def end(run, done):
         run.lock = None
 
 
-def how_to_go_on(out):
+def how_to_go_on(config):
     """What to say of a run that was broken off."""
-    checkpoint = Path(out) / "checkpoint"
+    checkpoint = Path(config.out) / "checkpoint"
     if (checkpoint / LATEST).exists():
-        return f"the same command goes on from {checkpoint}"
-    return f"{out}/results.json and student/ were not written"
+        but = "" if config.resume else " without --no-resume"
+        return f"the same command{but} goes on from {checkpoint}"
+    return f"{config.out}/results.json and student/ were not written"
 
 
 def identity(run):
@@ -291,9 +294,8 @@ def save(run, training=None):
         return
     run.saves += 1
     if parallel.rank() == 0:
-        part = run.checkpoint / "latest.part"
-        part.write_text(json.dumps({"saves": run.saves}))
-        os.replace(part, run.checkpoint / LATEST)
+        with whole(run.checkpoint / LATEST) as part:
+            part.write_text(json.dumps({"saves": run.saves}))
     parallel.wait()
     for path in run.checkpoint.glob(f"*-{ours.stem.split('-')[1]}.safetensors"):
         if path != ours and (run.config.shard or parallel.rank() == 0):
@@ -384,15 +386,16 @@ def _beside(p, x):
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM: KeyboardInterrupt at once; while a step is `held`, when it is done."""
+    """Ctrl-C or SIGTERM: KeyboardInterrupt at once; where something is `held`, when that is done,
+    or when asked again."""
 
-    held = asked = False
+    held, asked = "", False  # what is done first, in words
 
     def __call__(self, *_):
         if not self.held or self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nthis step is finished first", file=sys.stderr)
+        print(f"\n{self.held} first", file=sys.stderr)
 
     @contextlib.contextmanager
     def caught(self):
@@ -410,11 +413,11 @@ class Interrupt:
     @contextlib.contextmanager
     def whole_steps(self, held):
         """Within the body, if held, a step is not broken off; the body asks whether it is time."""
-        self.held = held
+        self.held = "this step is finished" if held else ""
         try:
             yield
         finally:
-            self.held = False
+            self.held = ""
 
     def leave_if_asked(self):
         if self.asked:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import resume
 import train
 from model import GPT, GPTConfig
@@ -74,6 +75,12 @@ def a_signal_ends_the_tests():
         patch.setattr(resume.Interrupt, "__call__",
                       lambda self, number, _: pytest.exit(f"signal {number}"))
         yield
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """report.png takes a good part of a tiny run's time: only where it is looked at is it drawn."""
+    monkeypatch.setattr(evaluate, "find_pyplot", lambda: None)
 
 
 @pytest.fixture(scope="session")

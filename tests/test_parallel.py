@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import launch, launch_two
 
-import evaluate
 import parallel
 
 ROOT = Path(parallel.__file__).parent
+pytestmark = pytest.mark.usefixtures("no_picture")
 QUICK = ["--batch-size", "4", "--micro-batch", "2", "--rollout-tokens", "6",
          "--eval-tokens", "4", "--eval-limit", "7", "--cka-samples", "5", "--group-size", "16",
          "--lr", "1e-3", "--dtype", "float32"]
@@ -28,17 +28,12 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 def run(start, out, *more):
     """(exit codes, what was said) of the processes that start() starts."""
     log = out.with_suffix(".log")
-    started = start([*QUICK, "--out", out, *more], log, before=no_picture)
+    started = start([*QUICK, "--out", out, *more], log)
     started = started if isinstance(started, list) else [started]
     for process in started:
         process.join(120)
     said = [path.read_text() for path in sorted(log.parent.glob(f"{log.name}*"))]
     return [process.exitcode for process in started], "".join(said)
-
-
-def no_picture():
-    """report.png takes time, and is not what is looked at here."""
-    evaluate.find_pyplot = lambda: None
 
 
 def read(out):

@@ -26,7 +26,7 @@ import parallel
 from files import FORMS, printable, read_json, whole
 from model import frozen_copy
 
-LASTING = "asked", "guard", "lines", "seconds", "shown"  # what of a Run is in a checkpoint as it is
+LASTING = "asked", "guard", "lines", "machine", "seconds", "shown"  # of a Run: saved as they are
 LATEST = "latest.json"                                   # names the last whole state
 FREE = "out", "save_every", "resume", "dry_run", "verify"  # options that change no number
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
@@ -123,6 +123,7 @@ def begin(run):
     """
     out = Path(run.config.out)
     run.checkpoint, run.identity = out / "checkpoint", identity(run)
+    run.machine = machine(run.config)
     try:
         if parallel.rank() == 0:
             run.lock = lock(out)
@@ -147,6 +148,7 @@ def go_on(run, out):
     if differ:
         raise ValueError(f"{out} holds an unfinished run with other {', '.join(differ)}: go on "
                          "with that, choose another --out, or start anew by --no-resume")
+    warn_of_another_machine(run, out, state["machine"])
     for name in LASTING:
         setattr(run, name, state[name])
     run.measured = {name: evaluate.Measurement(**m) for name, m in state["stages"].items()}
@@ -155,6 +157,16 @@ def go_on(run, out):
     run.lines = [line for line in run.lines if line["stage"] in known]
     run.seconds = {name: spent for name, spent in run.seconds.items()
                    if name.removesuffix(" training") in known or not name.endswith(" training")}
+
+
+def warn_of_another_machine(run, out, then):
+    """A line on stderr, if the run was begun on one: to refuse would be to throw away its work."""
+    now = run.machine
+    others = [f"{name} {then.get(name)}, now {now[name]}"
+              for name in now if now[name] != then.get(name)]
+    if others and parallel.rank() == 0:
+        print(printable(f"{out} was begun with {', '.join(others)}: it goes on, and its numbers "
+                        "may be others in their last digits"), file=sys.stderr)
 
 
 def _saves(latest):
@@ -168,8 +180,8 @@ def _saves(latest):
     return saves
 
 
-FORM = {"identity": dict, "asked": dict, "guard": dict, "lines": list, "seconds": dict,
-        "shown": dict, "stages": dict, "trained": list, "training": dict | None}
+FORM = {"identity": dict, "machine": dict, "asked": dict, "guard": dict, "lines": list,
+        "seconds": dict, "shown": dict, "stages": dict, "trained": list, "training": dict | None}
 
 
 def _whole(path):
@@ -263,9 +275,16 @@ def how_to_go_on(config):
 
 
 def identity(run):
-    """Everything that decides a run's numbers, by the names that a user knows."""
-    facts = run.facts | {"processes": parallel.size(), "torch": torch.__version__}
+    """Everything that decides a run's numbers but for their last digits, by the names that a user
+    knows."""
+    facts = run.facts | {"processes": parallel.size()}
     return identity_of(dataclasses.asdict(run.config), facts)
+
+
+def machine(config):
+    """What may change the last digits: other sums of float32, or the same in another order."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(),
+            "processor": parallel.processor(config.device)}
 
 
 def identity_of(config, facts):
@@ -273,7 +292,7 @@ def identity_of(config, facts):
     options = {"--" + name.replace("_", "-"): value
                for name, value in config.items() if name not in FREE}
     hashes = "model_sha256", "data_sha256", "eval_sha256", "text_sha256", "inputs_sha256"
-    return options | {name: facts[name] for name in (*hashes, "processes", "torch")}
+    return options | {name: facts[name] for name in (*hashes, "processes")}
 
 
 def file_of(run, number):

@@ -512,12 +512,13 @@ def results_of(run):
 def environment(run):
     """Everything a number depends on and a reader cannot see."""
     device = run.config.device
-    found = {**run.facts, "python": platform.python_version(), "torch": torch.__version__,
-             "machine": platform.machine(), "processor": parallel.processor(device),
-             "threads": torch.get_num_threads(), "processes": parallel.size(),
+    found = {**run.facts, "python": platform.python_version(), **resume.machine(run.config),
+             "machine": platform.machine(), "processes": parallel.size(),
              "command": " ".join(map(shlex.quote, sys.argv)), "revision": revision(),
              "date": datetime.datetime.now().isoformat(timespec="minutes"),
              "peak_memory_gib": parallel.peak_memory_gib()}
+    if run.machine not in (None, resume.machine(run.config)):
+        found["begun_on"] = run.machine
     if device != "cpu":
         found["peak_gpu_memory_gib"] = parallel.peak_memory_gib(device)
     return found

@@ -100,6 +100,25 @@ def test_another_run_is_refused_by_the_options_that_differ(folders, tmp_path, mo
     assert not (out / "checkpoint").exists()
 
 
+def test_with_other_threads_it_goes_on_and_says_so(folders, tmp_path, monkeypatch, capsys):
+    """float32 sums of several threads are in another order; of torch and the processor likewise."""
+    options = tmp_path / "out", "--model", folders["llama"]
+    with monkeypatch.context() as dying:
+        dying.setattr(train, "teach", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*options)
+    with monkeypatch.context() as rebooted:
+        rebooted.setattr(torch, "get_num_threads", lambda: 7)
+        assert run(*options) == 0
+        line, = [line for line in capsys.readouterr().err.splitlines() if "begun with" in line]
+        assert line == (f"{tmp_path}/out was begun with threads 1, now 7: it goes on, and its "
+                        "numbers may be others in their last digits")
+        assert run(*options) == 0  # it is finished
+    environment = json.loads((tmp_path / "out" / "results.json").read_text())["environment"]
+    assert environment["threads"] == 7 and environment["begun_on"]["threads"] == 1
+    assert run(*options) == 0 and "holds this run, finished" in capsys.readouterr().out
+
+
 def test_a_finished_run_says_so_and_leaves(folders, tmp_path, capsys):
     options = tmp_path / "out", "--model", folders["llama"]
     assert run(*options) == 0
@@ -256,6 +275,50 @@ def test_who_is_asked_to_stop_saves_first(which, folders, tmp_path):
     latest = json.loads((out / "checkpoint" / "latest.json").read_text())["saves"]
     state = resume.read(out / "checkpoint" / f"{latest}-0.safetensors")
     assert state["training"]["memory"]["step"] == steps == len(state["lines"])
+
+
+@pytest.mark.parametrize("module, name, more", [
+    (train, "write_results", ()), (train, "save_student", ()), (resume, "end", ()),
+    (train, "save_student", ("--save-every", 0))])
+def test_who_is_asked_to_stop_while_it_writes_what_came_of_it_writes_all_of_it(
+        module, name, more, folders, tmp_path, monkeypatch):
+    """What was measured is not thrown away; the same command then finds it finished."""
+    function, out = getattr(module, name), tmp_path / "out"
+
+    def asked(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return function(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, asked)
+        process = start(out, folders["llama"], "--steps", 2, *more)
+        process.join(60)
+    assert process.exitcode == 0 and "Traceback" not in said(out)
+    assert "what came of this run is written first" in said(out) and f"wrote {out}/" in said(out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "metrics.jsonl", "results.json", "student"]
+    assert run(out, "--model", folders["llama"], "--steps", 2, *more) == 0
+    assert (out / "student" / "model.safetensors").exists()
+
+
+def test_who_is_asked_twice_leaves_at_once_and_goes_on(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def asked(*_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_student", asked)
+        process = start(out, folders["llama"], "--no-resume")
+        process.join(60)
+    assert process.exitcode == 1 and "Traceback" not in said(out)
+    assert (f"error: interrupted; the same command without --no-resume goes on from {out}/"
+            "checkpoint\n") in said(out)
+    assert not list(out.rglob("*.part")) and not (out / "student" / "model.safetensors").exists()
+    for path in (out, tmp_path / "whole"):
+        process = start(path, folders["llama"])
+        process.join(60)
+    assert left_by(out) == left_by(tmp_path / "whole")
 
 
 KILLS = int(os.environ.get("KILLS", 3))

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from files import in_file, one_line, read_json, read_text
+from files import in_file, one_line, read_json, read_text, whole
 from model import ACTIVATIONS, GPT, GPTConfig, rope_frequencies
 from pieces import LLAMA3_PATTERN, QWEN2_PATTERN
 
@@ -567,22 +567,20 @@ def save_model(model, folder):
     tensors = {key: torch.cat(ws).to(widest) for key, ws in parts.items()}
     tensors = {key: (w.T if transposed[key] else w).contiguous() for key, w in tensors.items()}
     folder, dtype = Path(folder), str(widest).removeprefix("torch.")
-    part = folder / "model.safetensors.part"
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(tensors, part, metadata={"format": "pt"})
+    with whole(folder / "model.safetensors") as part:
+        try:
+            save_file(tensors, part, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"cannot write {part}: {error}") from None
         write_json(folder / "config.json",
                    {**config_json(model.config), "torch_dtype": dtype, "dtype": dtype})
-        os.replace(part, folder / "model.safetensors")
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"cannot write {part}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_json(path, value):
     text = json.dumps(value, ensure_ascii=False, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    with whole(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 def weights_sha256(source):
@@ -603,7 +601,8 @@ def copy_tokenizer(source, folder):
         return
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
-            shutil.copy(Path(source) / name, Path(folder) / name)
+            with whole(Path(folder) / name) as part:
+                shutil.copy(Path(source) / name, part)
     further = "additional_chat_templates"
     if (Path(source) / further).is_dir():
         shutil.copytree(Path(source) / further, Path(folder) / further, dirs_exist_ok=True)

@@ -67,9 +67,10 @@ def rbf_gram(k, threshold=1.0):
     """
     norms = k.diagonal(dim1=-2, dim2=-1)
     distance = (norms[..., :, None] + norms[..., None, :] - 2 * k).clamp(min=0)
-    ordered = distance.flatten(-2).sort(dim=-1).values
-    middle = (ordered.size(-1) - 1) // 2, ordered.size(-1) // 2
-    median = (ordered[..., middle[0]] + ordered[..., middle[1]]) / 2
+    every = distance.flatten(-2)
+    n = every.size(-1)
+    low, high = (every.kthvalue(nth).values for nth in ((n + 1) // 2, n // 2 + 1))  # from 1 on
+    median = (low + high) / 2
     return (-distance / (2 * threshold ** 2 * median[..., None, None])).exp()
 
 

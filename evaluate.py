@@ -19,6 +19,7 @@ import cka
 import data
 import parallel
 import sdft
+from files import whole
 
 
 @dataclass
@@ -673,7 +674,8 @@ def draw(results, steps, path):
     draw_layers(panels, right, list(results["stages"])[-1], results["cka_layers"])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a token may have characters that no font has
-        figure.savefig(path, dpi=120)
+        with whole(path) as part:
+            figure.savefig(part, format="png", dpi=120)
     pyplot.close(figure)
     return True
 

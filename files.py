@@ -1,10 +1,12 @@
 """What all readers of a file share: it may say anything, and what is wrong with it is one line.
 
-`in_file` is around what reads, `read_json` and `read_text` give a file's content.
+`in_file` is around what reads, `read_json` and `read_text` give a file's content. `whole` is around
+what writes: nothing of ours is ever found half written.
 """
 import contextlib
 import functools
 import json
+import os
 import re
 
 LONGEST = 1200  # characters of a message
@@ -77,3 +79,17 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Within the body, where to write a file that takes its place, path, afterwards: so it is there
+    whole, or what was there before is, though the power fails."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -69,6 +69,7 @@ class Run:
     saves: int = 0                                           # how many checkpoints were written
     checkpoint: Path | None = None                           # their folder
     identity: dict | None = None                             # what makes this run this run
+    machine: dict | None = None                              # that it was begun on
     full: bool = False                                       # the disk: no more checkpoints
     lock: int | None = None                                  # on --out
     interrupt: object = dataclasses.field(default_factory=resume.Interrupt)

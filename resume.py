@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 
 import evaluate
 import parallel
-from files import FORMS, printable, read_json
+from files import FORMS, printable, read_json, whole
 from model import frozen_copy
 
-LASTING = "along", "asked", "guard", "lines", "seconds", "shown"  # of a Run, in it as they are
+LASTING = "along", "asked", "guard", "lines", "machine", "seconds", "shown"  # of a Run, as they are
 LATEST = "latest.json"                                   # names the last whole state
 FREE = "out", "save_every", "resume", "dry_run", "verify"  # options that change no number
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
@@ -38,7 +38,7 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
 def write(path, state):
     """A dictionary as a safetensors file, whole or not at all: its tensors, one at a time, and all
     else as JSON in the file's metadata."""
-    tensors, part = {}, path.with_suffix(".part")
+    tensors = {}
     text = json.dumps(_taken_apart(state, tensors))
     header, end = {}, 0
     for name, t in tensors.items():
@@ -49,16 +49,10 @@ def write(path, state):
     header["__metadata__"] = {"state": text, "sha256": _sha256(text, forms)}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    try:
-        with open(part, "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for t in tensors.values():
-                file.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part, open(part, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for t in tensors.values():
+            file.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 class Broken(OSError, ValueError):
@@ -129,6 +123,7 @@ def begin(run):
     """
     out = Path(run.config.out)
     run.checkpoint, run.identity = out / "checkpoint", identity(run)
+    run.machine = machine(run.config)
     try:
         if parallel.rank() == 0:
             run.lock = lock(out)
@@ -153,6 +148,7 @@ def go_on(run, out):
     if differ:
         raise ValueError(f"{out} holds an unfinished run with other {', '.join(differ)}: go on "
                          "with that, choose another --out, or start anew by --no-resume")
+    warn_of_another_machine(run, out, state["machine"])
     for name in LASTING:
         setattr(run, name, state[name])
     run.measured = {name: evaluate.Measurement(**m) for name, m in state["stages"].items()}
@@ -162,6 +158,16 @@ def go_on(run, out):
     run.along = {stage: points for stage, points in run.along.items() if stage in known}
     run.seconds = {name: spent for name, spent in run.seconds.items()
                    if name.removesuffix(" training") in known or not name.endswith(" training")}
+
+
+def warn_of_another_machine(run, out, then):
+    """A line on stderr, if the run was begun on one: to refuse would be to throw away its work."""
+    now = run.machine
+    others = [f"{name} {then.get(name)}, now {now[name]}"
+              for name in now if now[name] != then.get(name)]
+    if others and parallel.rank() == 0:
+        print(printable(f"{out} was begun with {', '.join(others)}: it goes on, and its numbers "
+                        "may be others in their last digits"), file=sys.stderr)
 
 
 def _saves(latest):
@@ -175,8 +181,9 @@ def _saves(latest):
     return saves
 
 
-FORM = {"identity": dict, "along": dict, "asked": dict, "guard": dict, "lines": list,
-        "seconds": dict, "shown": dict, "stages": dict, "trained": list, "training": dict | None}
+FORM = {"identity": dict, "machine": dict, "along": dict, "asked": dict, "guard": dict,
+        "lines": list, "seconds": dict, "shown": dict, "stages": dict, "trained": list,
+        "training": dict | None}
 
 
 def _whole(path):
@@ -213,13 +220,21 @@ def clear(run, out):
                       f"{size / 1e9:.1f}: choose another folder")
     try:
         (out / "results.json").unlink(missing_ok=True)
-        lines = [evaluate.to_json(line) + "\n" for line in run.lines]
-        (out / "metrics.jsonl").write_text("".join(lines))
+        write_lines(run, out)
         if not run.saves:
             remove(run.checkpoint)
     except OSError as error:
         why = f"{error.strerror}; choose another folder"
         raise OSError(f"cannot write to --out {out}: {why}") from None
+
+
+def write_lines(run, out):
+    """metrics.jsonl, unless it is as it should be."""
+    path = out / "metrics.jsonl"
+    text = "".join(evaluate.to_json(line) + "\n" for line in run.lines).encode()
+    if not path.exists() or path.read_bytes() != text:
+        with whole(path) as part:
+            part.write_bytes(text)
 
 
 def remove(checkpoint):
@@ -252,18 +267,26 @@ def end(run, done):
         run.lock = None
 
 
-def how_to_go_on(out):
+def how_to_go_on(config):
     """What to say of a run that was broken off."""
-    checkpoint = Path(out) / "checkpoint"
+    checkpoint = Path(config.out) / "checkpoint"
     if (checkpoint / LATEST).exists():
-        return f"the same command goes on from {checkpoint}"
-    return f"{out}/results.json and student/ were not written"
+        but = "" if config.resume else " without --no-resume"
+        return f"the same command{but} goes on from {checkpoint}"
+    return f"{config.out}/results.json and student/ were not written"
 
 
 def identity(run):
-    """Everything that decides a run's numbers, by the names that a user knows."""
-    facts = run.facts | {"processes": parallel.size(), "torch": torch.__version__}
+    """Everything that decides a run's numbers but for their last digits, by the names that a user
+    knows."""
+    facts = run.facts | {"processes": parallel.size()}
     return identity_of(dataclasses.asdict(run.config), facts)
+
+
+def machine(config):
+    """What may change the last digits: other sums of float32, or the same in another order."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(),
+            "processor": parallel.processor(config.device)}
 
 
 def identity_of(config, facts):
@@ -271,7 +294,7 @@ def identity_of(config, facts):
     options = {"--" + name.replace("_", "-"): value
                for name, value in config.items() if name not in FREE}
     hashes = "model_sha256", "data_sha256", "eval_sha256", "text_sha256", "inputs_sha256"
-    return options | {name: facts[name] for name in (*hashes, "processes", "torch")}
+    return options | {name: facts[name] for name in (*hashes, "processes")}
 
 
 def file_of(run, number):
@@ -292,9 +315,8 @@ def save(run, training=None):
         return
     run.saves += 1
     if parallel.rank() == 0:
-        part = run.checkpoint / "latest.part"
-        part.write_text(json.dumps({"saves": run.saves}))
-        os.replace(part, run.checkpoint / LATEST)
+        with whole(run.checkpoint / LATEST) as part:
+            part.write_text(json.dumps({"saves": run.saves}))
     parallel.wait()
     for path in run.checkpoint.glob(f"*-{ours.stem.split('-')[1]}.safetensors"):
         if path != ours and (run.config.shard or parallel.rank() == 0):
@@ -385,15 +407,16 @@ def _beside(p, x):
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM: KeyboardInterrupt at once; while a step is `held`, when it is done."""
+    """Ctrl-C or SIGTERM: KeyboardInterrupt at once; where something is `held`, when that is done,
+    or when asked again."""
 
-    held = asked = False
+    held, asked = "", False  # what is done first, in words
 
     def __call__(self, *_):
         if not self.held or self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nthis step is finished first", file=sys.stderr)
+        print(f"\n{self.held} first", file=sys.stderr)
 
     @contextlib.contextmanager
     def caught(self):
@@ -411,11 +434,11 @@ class Interrupt:
     @contextlib.contextmanager
     def whole_steps(self, held):
         """Within the body, if held, a step is not broken off; the body asks whether it is time."""
-        self.held = held
+        self.held = "this step is finished" if held else ""
         try:
             yield
         finally:
-            self.held = False
+            self.held = ""
 
     def leave_if_asked(self):
         if self.asked:

@@ -36,6 +36,7 @@ import resume
 import sdft
 from damage import damage_, parse_damage
 from data import DEMOS
+from files import whole
 from model import frozen_copy, own_copy
 from prepare import parts_of, prepare
 
@@ -528,8 +529,11 @@ def log_of(run, stage):
         def log(line):
             line = {"stage": stage, **line}
             run.lines.append(line)
+            text = (evaluate.to_json(line) + "\n").encode()
             with contextlib.suppress(OSError):  # a full disk: what it still holds is known later
-                file.write((evaluate.to_json(line) + "\n").encode())
+                written = file.write(text)
+                if written < len(text):
+                    file.truncate(file.tell() - written)
         yield log
 
 
@@ -573,12 +577,13 @@ def end_of(run, stage):
 def environment(run):
     """Everything a number depends on and a reader cannot see."""
     device = run.config.device
-    found = {**run.facts, "python": platform.python_version(), "torch": torch.__version__,
-             "machine": platform.machine(), "processor": parallel.processor(device),
-             "threads": torch.get_num_threads(), "processes": parallel.size(),
+    found = {**run.facts, "python": platform.python_version(), **resume.machine(run.config),
+             "machine": platform.machine(), "processes": parallel.size(),
              "command": " ".join(map(shlex.quote, sys.argv)), "revision": revision(),
              "date": datetime.datetime.now().isoformat(timespec="minutes"),
              "peak_memory_gib": parallel.peak_memory_gib()}
+    if run.machine not in (None, resume.machine(run.config)):
+        found["begun_on"] = run.machine
     if device != "cpu":
         found["peak_gpu_memory_gib"] = parallel.peak_memory_gib(device)
     return found
@@ -605,6 +610,7 @@ def finish(run, results, students):
     out, absent, failed = Path(run.config.out), [], []
     folders = {stage.replace("recovered", "student") + "/": s for stage, s in students.items()}
     parts = {"results.json": lambda: write_results(out, results),
+             "metrics.jsonl": lambda: resume.write_lines(run, out),  # all, if the disk was full
              "the report": lambda: show(run, results),
              "report.png": lambda: evaluate.draw(results, run.lines, out / "report.png")}
     for name, student in folders.items():
@@ -624,13 +630,9 @@ def finish(run, results, students):
 
 
 def write_results(out, results):
-    """DIR/results.json, whole or not at all."""
-    text = evaluate.to_json(results, indent=1) + "\n"
-    try:
-        (out / "results.json.part").write_text(text, encoding="utf-8")
-        os.replace(out / "results.json.part", out / "results.json")
-    finally:
-        (out / "results.json.part").unlink(missing_ok=True)
+    """DIR/results.json."""
+    with whole(out / "results.json") as part:
+        part.write_text(evaluate.to_json(results, indent=1) + "\n", encoding="utf-8")
 
 
 def show(run, results):
@@ -639,10 +641,11 @@ def show(run, results):
 
 
 def save_student(source, student, folder):
-    """DIR/student: a folder that this project and transformers load, with the tokenizer of
-    source."""
-    student.save_pretrained(folder)
+    """DIR/student: a folder that this project and transformers load, with the tokenizer of source;
+    its weights come last, so that where they are is all else."""
+    folder.mkdir(exist_ok=True)
     checkpoint.copy_tokenizer(source, folder)
+    student.save_pretrained(folder)
 
 
 def main(argv=None):
@@ -665,7 +668,7 @@ def main(argv=None):
     except (parallel.PeerLost, KeyboardInterrupt) as stopped:
         what = "interrupted" if isinstance(stopped, KeyboardInterrupt) else \
             "another process of this run has died"
-        return complain(f"{what}; {resume.how_to_go_on(config.out)}", 1)
+        return complain(f"{what}; {resume.how_to_go_on(config)}", 1)
     parallel.stop()
     return code if parallel.rank() == 0 else 0  # torchrun ends the others when one has failed
 
@@ -684,6 +687,7 @@ def whole_run(config, interrupt):
     run.interrupt, done = interrupt, False
     try:
         results, students = execute(run)
+        interrupt.held = "what came of this run is written"
         if parallel.rank() == 0:
             finish(run, results, students)
         done = True

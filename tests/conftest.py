@@ -1,17 +1,23 @@
 """What several test files need: a tiny random model, in memory and as a folder, lists of ids, a
-loss of one's own, and a watch on memory. The tests compute on the CPU."""
+loss of one's own, a run as a process, and a watch on memory. The tests compute on the CPU."""
 import json
+import multiprocessing
 import os
 import random
+import sys
 
 # Before torch looks; what the tests start inherits it. Of tiny tensors, several threads only wait.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
+import resume
+import train
 from model import GPT, GPTConfig
 from tokenizer import bytes_to_unicode
 
@@ -22,6 +28,8 @@ GPT2 = dict(model_type="gpt2", n_kv_head=4, qkv_bias=True, out_bias=True, mlp_bi
 QWEN2 = dict(model_type="qwen2", qkv_bias=True, tie_embeddings=False)
 QWEN3 = dict(model_type="qwen3", head_dim=12)
 SMOLLM3 = dict(model_type="smollm3", no_rope=(1,))
+
+FORK, INTERRUPT = multiprocessing.get_context("fork"), resume.Interrupt.__call__
 
 
 def tiny(seed=0, spread=0.2, **changes):
@@ -60,6 +68,21 @@ def make_folder(path, context_length=1024, seed=0, padding=0, **changes):
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def a_signal_ends_the_tests():
+    """Not a run among them, which catches signals where it is in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume.Interrupt, "__call__",
+                      lambda self, number, _: pytest.exit(f"signal {number}"))
+        yield
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """report.png takes a good part of a tiny run's time: only where it is looked at is it drawn."""
+    monkeypatch.setattr(evaluate, "find_pyplot", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("tiny"))
@@ -85,6 +108,36 @@ def slopes(backward, loss, student, s, teacher, t, tokens, **chunk):
     total.backward()
     head = student.stored("embed_tokens.weight" if tied else "lm_head.weight")
     return values, s.grad, head.grad
+
+
+def launch(argv, log, before=lambda: None, **env):
+    """A process that runs train.py: a fork of this one, so that nothing is imported again. What it
+    says goes into the file `log`; before() is called in it first."""
+    process = FORK.Process(target=_program, args=([*map(str, argv)], log, before, env))
+    process.start()
+    return process
+
+
+def _program(argv, log, before, env):
+    os.environ.update(env)
+    resume.Interrupt.__call__ = INTERRUPT
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    before()
+    sys.exit(train.main(argv))
+
+
+def launch_two(argv, log, before=lambda: None):
+    """Two processes of one run, as torchrun starts them; their logs are log-0 and log-1."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    known = {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    both = [launch(argv, f"{log}-{n}", before, RANK=str(n), LOCAL_RANK=str(n), **known)
+            for n in range(2)]
+    for process in both:
+        process.store = store  # for as long as they live
+    return both
 
 
 class LiveWide(TorchDispatchMode):

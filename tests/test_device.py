@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import train
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 CUDA = torch.device("cuda", 0)
 INDEXING = "aten.index.Tensor", "aten.index_put_.default", "aten._index_put_impl_.default"
 COPYING = "aten.copy_.default", "aten._to_copy.default"

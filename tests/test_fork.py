@@ -9,7 +9,6 @@ from conftest import slopes
 
 import damage
 import data
-import evaluate
 import fast
 import model
 import quant
@@ -17,6 +16,7 @@ import sdft
 import train
 from model import GPT
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 QUICK = ("--steps 3 --batch-size 4 --micro-batch 2 --rollout-tokens 6 --eval-tokens 4 "
          "--eval-limit 6 --cka-samples 5 --group-size 16 --lr 1e-3 --dtype float32")
 
@@ -27,12 +27,6 @@ def job(folder, out, options):
     assert train.main(argv) == 0
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return json.loads((out / "results.json").read_text()), [json.loads(line) for line in lines]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """report.png takes time, and is not what is looked at here."""
-    monkeypatch.setattr(evaluate, "find_pyplot", lambda: None)
 
 
 @pytest.fixture

@@ -318,6 +318,7 @@ def write_checkpoint(root, good):
     out = root / "out"
     run = prepare.prepare(train.parse(options(good, out)))
     run.checkpoint, run.identity = out / "checkpoint", resume.identity(run)
+    run.machine = resume.machine(run.config)
     run.checkpoint.mkdir(parents=True)
     parameters = [p for p in run.student.parameters() if p.requires_grad]
     memory = {"step": 1, "moments": [{"m": torch.zeros_like(p), "n": 1} for p in parameters]}
@@ -333,7 +334,7 @@ def write_checkpoint(root, good):
     (root / "done" / "student").mkdir()
     (root / "done" / "student" / "model.safetensors").touch()
     results = {"config": resume.dataclasses.asdict(run.config), "guard": {},
-               "environment": run.facts | {"processes": 1, "torch": torch.__version__}}
+               "environment": run.facts | {"processes": 1}}
     (root / "done" / "results.json").write_text(json.dumps(results))
 
 

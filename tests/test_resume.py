@@ -7,20 +7,18 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPT2, QWEN2, make_folder
+from conftest import GPT2, QWEN2, launch, make_folder
 from safetensors import safe_open
 
 import resume
 import train
 
-ROOT = Path(train.__file__).parent
+pytestmark = pytest.mark.usefixtures("no_picture")
 QUICK = ("--steps 7 --batch-size 4 --rollout-tokens 5 --eval-tokens 4 --eval-limit 4 --cka-samples "
          "4 --group-size 16 --teacher-check 2 --calibration 4 --lr 1e-3 --save-every 2").split()
 
@@ -103,6 +101,25 @@ def test_another_run_is_refused_by_the_options_that_differ(folders, tmp_path, mo
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run(out, *model, "--seed", "3", "--no-resume") == 0
     assert not (out / "checkpoint").exists()
+
+
+def test_with_other_threads_it_goes_on_and_says_so(folders, tmp_path, monkeypatch, capsys):
+    """float32 sums of several threads are in another order; of torch and the processor likewise."""
+    options = tmp_path / "out", "--model", folders["llama"]
+    with monkeypatch.context() as dying:
+        dying.setattr(train, "teach", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*options)
+    with monkeypatch.context() as rebooted:
+        rebooted.setattr(torch, "get_num_threads", lambda: 7)
+        assert run(*options) == 0
+        line, = [line for line in capsys.readouterr().err.splitlines() if "begun with" in line]
+        assert line == (f"{tmp_path}/out was begun with threads 1, now 7: it goes on, and its "
+                        "numbers may be others in their last digits")
+        assert run(*options) == 0  # it is finished
+    environment = json.loads((tmp_path / "out" / "results.json").read_text())["environment"]
+    assert environment["threads"] == 7 and environment["begun_on"]["threads"] == 1
+    assert run(*options) == 0 and "holds this run, finished" in capsys.readouterr().out
 
 
 def test_a_finished_run_says_so_and_leaves(folders, tmp_path, capsys):
@@ -228,38 +245,83 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 
 # ------------------------------------------------------------------------------- real processes
 
-def start(out, folder, before=""):
-    command = f"{before} exec {sys.executable} train.py --out {out} --model {folder} "
-    command += " ".join(QUICK) + " --steps 40"
-    return subprocess.Popen(["bash", "-c", command], cwd=ROOT, stderr=subprocess.PIPE,
-                            stdout=subprocess.DEVNULL, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start(out, folder, *more, before=lambda: None):
+    options = "--out", out, "--model", folder, *QUICK, "--steps", 25, *more
+    return launch(options, f"{out}.log", before)
+
+
+def said(out):
+    return Path(f"{out}.log").read_text()
 
 
 def wait_for(process, path, lines):
     until = time.monotonic() + 90
-    while process.poll() is None and time.monotonic() < until:
+    while process.exitcode is None and time.monotonic() < until:
         if path.exists() and path.read_text().count("\n") >= lines:
             return
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("which, before", [
-    (signal.SIGINT, ""), (signal.SIGTERM, ""), (signal.SIGINT, "trap '' INT;")],
-    ids=["ctrl-c", "term", "ctrl-c ignored by the shell"])
-def test_who_is_asked_to_stop_saves_first(which, before, folders, tmp_path):
-    process = start(tmp_path / "out", folders["llama"], before)
-    wait_for(process, tmp_path / "out" / "metrics.jsonl", 5)
-    process.send_signal(which)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "Traceback" not in error
-    line, = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert line == ("error: interrupted; the same command goes on from "
-                    f"{tmp_path / 'out' / 'checkpoint'}")
-    steps = len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
-    latest = json.loads((tmp_path / "out" / "checkpoint" / "latest.json").read_text())["saves"]
-    state = resume.read(tmp_path / "out" / "checkpoint" / f"{latest}-0.safetensors")
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
+def test_who_is_asked_to_stop_saves_first(which, folders, tmp_path):
+    """Also where a shell has it ignored, as it has Ctrl-C of what runs in the background."""
+    out = tmp_path / "out"
+    process = start(out, folders["llama"], before=lambda: signal.signal(which, signal.SIG_IGN))
+    wait_for(process, out / "metrics.jsonl", 5)
+    os.kill(process.pid, which)
+    process.join(60)
+    assert process.exitcode == 1 and "Traceback" not in said(out)
+    line, = [line for line in said(out).splitlines() if line.startswith("error: ")]
+    assert line == f"error: interrupted; the same command goes on from {out / 'checkpoint'}"
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "metrics.jsonl"]
+    steps = len((out / "metrics.jsonl").read_text().splitlines())
+    latest = json.loads((out / "checkpoint" / "latest.json").read_text())["saves"]
+    state = resume.read(out / "checkpoint" / f"{latest}-0.safetensors")
     assert state["training"]["memory"]["step"] == steps == len(state["lines"])
+
+
+@pytest.mark.parametrize("module, name, more", [
+    (train, "write_results", ()), (train, "save_student", ()), (resume, "end", ()),
+    (train, "save_student", ("--save-every", 0))])
+def test_who_is_asked_to_stop_while_it_writes_what_came_of_it_writes_all_of_it(
+        module, name, more, folders, tmp_path, monkeypatch):
+    """What was measured is not thrown away; the same command then finds it finished."""
+    function, out = getattr(module, name), tmp_path / "out"
+
+    def asked(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return function(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, asked)
+        process = start(out, folders["llama"], "--steps", 2, *more)
+        process.join(60)
+    assert process.exitcode == 0 and "Traceback" not in said(out)
+    assert "what came of this run is written first" in said(out) and f"wrote {out}/" in said(out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "metrics.jsonl", "results.json", "student"]
+    assert run(out, "--model", folders["llama"], "--steps", 2, *more) == 0
+    assert (out / "student" / "model.safetensors").exists()
+
+
+def test_who_is_asked_twice_leaves_at_once_and_goes_on(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def asked(*_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_student", asked)
+        process = start(out, folders["llama"], "--no-resume")
+        process.join(60)
+    assert process.exitcode == 1 and "Traceback" not in said(out)
+    assert (f"error: interrupted; the same command without --no-resume goes on from {out}/"
+            "checkpoint\n") in said(out)
+    assert not list(out.rglob("*.part")) and not (out / "student" / "model.safetensors").exists()
+    for path in (out, tmp_path / "whole"):
+        process = start(path, folders["llama"])
+        process.join(60)
+    assert left_by(out) == left_by(tmp_path / "whole")
 
 
 KILLS = int(os.environ.get("KILLS", 3))
@@ -269,18 +331,18 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_end(folders, tmp_path):
     """KILLS=30 python -m pytest tests/test_resume.py -k random is the long form."""
     whole, broken, draw = tmp_path / "whole", tmp_path / "broken", random.Random(0)
     began = time.monotonic()
-    assert start(whole, folders["llama"]).wait() == 0
+    start(whole, folders["llama"]).join()
     length, kills = time.monotonic() - began, 0
     while kills < KILLS:
         process = start(broken, folders["llama"])
-        try:
-            process.wait(timeout=draw.uniform(0.3, 1) * length)
-            assert process.returncode == 0  # it came to its end: begin again
-            assert left_by(broken) == left_by(whole)
-            broken = tmp_path / f"broken{kills}"
-        except subprocess.TimeoutExpired:
+        process.join(draw.uniform(0, 1) * length)
+        if process.exitcode is None:
             process.kill()
-            process.communicate()
+            process.join()
             kills += 1
+        else:  # it came to its end: begin again
+            assert process.exitcode == 0 and left_by(broken) == left_by(whole)
+            broken = tmp_path / f"broken{kills}"
     process = start(broken, folders["llama"])
-    assert process.wait() == 0 and left_by(broken) == left_by(whole)
+    process.join()
+    assert process.exitcode == 0 and left_by(broken) == left_by(whole)

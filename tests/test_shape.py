@@ -24,7 +24,8 @@ IMPORTS = {  # of ours, at the top of each of the files that are the paper, and 
     "tokenizer": {"bpe", "files", "pieces", "template"}, "pieces": {"bpe"}, "bpe": set(),
     "files": set(), "checkpoint": {"files", "model", "pieces"},
     "fast": {"model", "sdft"},
-    "evaluate": {"cka", "data", "parallel", "sdft"}, "damage": {"parallel", "prune", "quant"},
+    "evaluate": {"cka", "data", "files", "parallel", "sdft"},
+    "damage": {"parallel", "prune", "quant"},
     "guard": {"cka", "evaluate", "parallel", "sdft"}}
 
 

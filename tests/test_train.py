@@ -18,6 +18,7 @@ from damage import damage_
 from model import GPT, generate
 from quant import compute_in_
 
+pytestmark = pytest.mark.usefixtures("no_picture")  # the first run alone has it
 QUICK = ["--steps", "3", "--batch-size", "4", "--micro-batch", "2", "--rollout-tokens", "6",
          "--eval-tokens", "4", "--eval-limit", "6", "--cka-samples", "5", "--group-size", "16",
          "--lr", "1e-3", "--teacher-check", "4", "--keep", "last"]  # the guard: test_guard.py
@@ -55,12 +56,6 @@ def first_run(folder, tmp_path_factory):
 @pytest.fixture
 def out(first_run):
     return first_run[0]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """A sixth of such a run's time goes into report.png: the first run alone has it."""
-    monkeypatch.setattr(evaluate, "find_pyplot", lambda: None)
 
 
 # ------------------------------------------------------------------------------- the default run

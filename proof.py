@@ -11,6 +11,7 @@ import torch
 
 import evaluate
 import parallel
+import resume
 import train
 from damage import damage_
 from model import GPT, frozen_copy
@@ -133,7 +134,7 @@ def verify(folder):
         same("the machine", name, results["environment"].get(name), now)
     models = {} if run.expert else {"healthy": run.teachers["base"]}
     for lesson in run.recoveries:
-        path = folder / lesson.stage.replace("recovered", "student")
+        path = resume.student_of(folder, lesson.stage)
         models[lesson.stage] = frozen_copy(GPT.from_pretrained(path), getattr(torch, c.dtype))
     for stage, model in models.items():
         m = evaluate.measure(run.evaluation, model.to(c.device), run.kept, f"measure {stage}")

@@ -206,9 +206,30 @@ def check_finished(run, out):
         code = int(any(found["ended"] for found in results["guard"].values()))
     except (OSError, ValueError, *FORMS):  # another version's, or not ours
         return
-    folders = [out / lesson.stage.replace("recovered", "student") for lesson in run.recoveries]
-    if same and all((folder / "model.safetensors").exists() for folder in folders):
+    weights = [student_of(out, lesson.stage) / "model.safetensors" for lesson in run.recoveries]
+    if same and all(path.exists() for path in weights):
         raise Finished(out, code)
+
+
+def student_of(out, stage):
+    """The folder that a recovery leaves its student in.
+
+    >>> str(student_of(Path("out"), "recovered_kd"))
+    'out/student_kd'
+    """
+    return out / stage.replace("recovered", "student")
+
+
+@contextlib.contextmanager
+def writing_to(out):
+    """OSError in the body becomes one that names --out; but not that of a lock that is held."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        why = f"{error.strerror}; choose another folder"
+        raise OSError(f"cannot write to --out {out}: {why}") from None
 
 
 def clear(run, out):
@@ -218,14 +239,11 @@ def clear(run, out):
     if free < size:
         raise OSError(f"--out {out}: {free / 1e9:.1f} GB are free there and the students take "
                       f"{size / 1e9:.1f}: choose another folder")
-    try:
+    with writing_to(out):
         (out / "results.json").unlink(missing_ok=True)
         write_lines(run, out)
         if not run.saves:
             remove(run.checkpoint)
-    except OSError as error:
-        why = f"{error.strerror}; choose another folder"
-        raise OSError(f"cannot write to --out {out}: {why}") from None
 
 
 def write_lines(run, out):
@@ -246,15 +264,13 @@ def remove(checkpoint):
 def lock(out):
     """Make a folder, and hold it for as long as this process lives; OSError if another one does."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY)
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with writing_to(out):
+            out.mkdir(parents=True, exist_ok=True)
+            folder = os.open(out, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
         raise OSError(f"another run is at work in --out {out}: choose another folder") from None
-    except OSError as error:
-        why = f"{error.strerror}; choose another folder"
-        raise OSError(f"cannot write to --out {out}: {why}") from None
     return folder
 
 

@@ -608,7 +608,7 @@ def finish(run, results, students):
     all the rest is there.
     """
     out, absent, failed = Path(run.config.out), [], []
-    folders = {stage.replace("recovered", "student") + "/": s for stage, s in students.items()}
+    folders = {f"{resume.student_of(out, stage).name}/": s for stage, s in students.items()}
     parts = {"results.json": lambda: write_results(out, results),
              "metrics.jsonl": lambda: resume.write_lines(run, out),  # all, if the disk was full
              "the report": lambda: show(run, results),

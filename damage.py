@@ -8,11 +8,7 @@ from tqdm import tqdm
 import parallel
 import prune
 import quant
-
-
-def require(ok, message):
-    if not ok:
-        raise ValueError(message)
+from files import require
 
 
 def remove_neurons(student, match, c, sequences):

@@ -55,6 +55,30 @@ def one_line(read):
     return within
 
 
+def require(ok, message):
+    """ValueError with this message, unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
+def check_file(path):
+    """ValueError for a pointer that git-lfs leaves in place of a file."""
+    with path.open("rb") as file:
+        pointer = file.read(40).startswith(b"version https://git-lfs.github.com/")
+    require(not pointer, f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` "
+                         f"in {path.parent}")
+
+
+def existing(path):
+    """The path itself. FileNotFoundError, in one line, if it is no file."""
+    if not path.is_file():
+        others = sorted(path.parent.glob("*.gguf"))
+        hint = f"pass {others[0]} itself" if others else "is it a Hugging Face model folder?"
+        raise FileNotFoundError(f"no {path.name} in {path.parent}: {hint}")
+    check_file(path)
+    return path
+
+
 @one_line
 def read_text(path):
     """A file's text, in UTF-8."""

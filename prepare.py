@@ -19,7 +19,8 @@ import parallel
 import quant
 import resume
 import sdft
-from damage import check_groups, parse_damage, put_on_grid, remove_neurons, require
+from damage import check_groups, parse_damage, put_on_grid, remove_neurons
+from files import require
 from model import GPT, frozen_copy, generate
 
 WAYS = "sdft", "kd", "sft", "own", "none"

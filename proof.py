@@ -19,8 +19,8 @@ from prepare import parts_of, prepare
 
 # ------------------------------------------------------------------------------------- beforehand
 
-SAMPLE = 64  # examples of each split that are answered to see how long all take
-STEPS = 3    # steps that are taken to see how long all take
+SAMPLE = 128  # examples of each split that are answered to see how long all take: one batch
+STEPS = 3     # steps that are taken to see how long all take
 
 
 def dry_run(c):
@@ -49,15 +49,19 @@ def dry_run(c):
 def time_to_measure(run, model):
     """(seconds that measuring this model takes, how many of them were spent on a part)."""
     began, evaluation, whole = time.perf_counter(), run.evaluation, 0.0
-    for metric, examples in evaluation.splits.items():
-        part = evaluate.spread(examples, SAMPLE)
-        only = dataclasses.replace(evaluation, splits={metric: part}, windows={})
-        whole += seconds_of(evaluate.measure, only, model) * len(examples) / len(part)
+    for metric, part in some_of(evaluation).items():
+        only, n = dataclasses.replace(evaluation, splits={metric: part}, windows={}), len(part)
+        whole += seconds_of(evaluate.measure, only, model) * len(evaluation.splits[metric]) / n
     rest = dataclasses.replace(evaluation, splits={})
     whole += seconds_of(evaluate.measure, rest, model, run.kept)
     if run.kept is None:
         whole += seconds_of(keep_states, run, model)
     return whole, time.perf_counter() - began
+
+
+def some_of(evaluation):
+    """SAMPLE examples of each split."""
+    return {metric: evaluate.spread(of, SAMPLE) for metric, of in evaluation.splits.items()}
 
 
 def keep_states(run, model):
@@ -76,8 +80,9 @@ def time_to_train(run, student, lesson):
     began = time.perf_counter()
     recovered = train.teach(run, student, dataclasses.replace(lesson, batches=part))
     spent = time.perf_counter() - began
-    evaluate.measure(dataclasses.replace(run.evaluation, splits={}),  # for the memory it takes
-                     frozen_copy(recovered, getattr(torch, run.config.dtype)), run.kept)
+    evaluate.measure(dataclasses.replace(run.evaluation, splits=some_of(run.evaluation)),
+                     frozen_copy(recovered, getattr(torch, run.config.dtype)),
+                     run.kept)  # for the memory that it takes
     each = [line["seconds"] for line in run.lines][1:] or [run.lines[0]["seconds"]]
     step, watched = sum(each) / len(each), run.guard.get(lesson.stage, {"seconds": 0, "checks": []})
     check = watched["seconds"] / max(1, len(watched["checks"]))

@@ -28,8 +28,9 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import checkpoint
+import hf_config
 import train
-from checkpoint import config_json, config_of
+from hf_config import config_json, config_of
 from model import GPT, GPTConfig, rope_frequencies
 from quant import bake_, quantize_
 from tokenizer import bytes_to_unicode, load_tokenizer
@@ -235,7 +236,7 @@ def test_every_key_of_a_default_config_is_known(config):
     said = json.loads(config.to_json_string(use_diff=False))
     ours = config_of(said)
     assert ours.tie_embeddings == config.tie_word_embeddings
-    needed = {*checkpoint._sizes(config.model_type).values(), "model_type", "sliding_window"}
+    needed = {*hf_config.sizes_of(config.model_type).values(), "model_type", "sliding_window"}
     for key in said.keys() - needed:  # what is missing is what transformers would take
         rest = {k: value for k, value in said.items() if k != key}
         theirs = type(config)(**rest).to_dict() | {"model_type": config.model_type}

@@ -22,10 +22,11 @@ IMPORTS = {  # of ours, at the top of each of the files that are the paper, and 
     "data": {"files", "instructions", "rows", "tokenizer"}, "rows": {"files"},
     "instructions": set(), "template": {"files"},
     "tokenizer": {"bpe", "files", "pieces", "template"}, "pieces": {"bpe"}, "bpe": set(),
-    "files": set(), "checkpoint": {"files", "model", "pieces"},
+    "files": set(), "checkpoint": {"files", "gguf_file", "hf_config", "model"},
+    "gguf_file": {"files", "hf_config", "model", "pieces"}, "hf_config": {"files", "model"},
     "fast": {"model", "sdft"},
     "evaluate": {"cka", "data", "files", "parallel", "sdft"},
-    "damage": {"parallel", "prune", "quant"},
+    "damage": {"files", "parallel", "prune", "quant"},
     "guard": {"cka", "evaluate", "parallel", "sdft"}}
 
 

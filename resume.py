@@ -326,31 +326,33 @@ def save(run, training=None):
     state = {name: getattr(run, name) for name in LASTING} | {
         "identity": run.identity, "trained": run.trained, "training": training,
         "stages": {name: vars(m) for name, m in run.stages.items()}}
-    ours = file_of(run, run.saves + 1)
-    if not written(run, ours, state, whose="each" if run.config.shard else "first"):
+    ours, latest = file_of(run, run.saves + 1), run.checkpoint / LATEST
+    if not written(run, ours, write, state, whose="each" if run.config.shard else "first"):
         return
-    run.saves += 1
-    if parallel.rank() == 0:
-        with whole(run.checkpoint / LATEST) as part:
-            part.write_text(json.dumps({"saves": run.saves}))
-    parallel.wait()
+    run.saves += written(run, latest, write_latest, run.saves + 1, whose="first")
     for path in run.checkpoint.glob(f"*-{ours.stem.split('-')[1]}.safetensors"):
-        if path != ours and (run.config.shard or parallel.rank() == 0):
+        if path != file_of(run, run.saves) and (run.config.shard or parallel.rank() == 0):
             path.unlink(missing_ok=True)
+
+
+def write_latest(path, saves):
+    with whole(path) as part:
+        part.write_text(json.dumps({"saves": saves}))
 
 
 def saving(run):
     return run.config.save_every and run.checkpoint and not run.full
 
 
-def written(run, path, state, whose):
-    """Whether all processes that are to ("first": process 0) could write their file. If not, that
-    is said, the run writes no further checkpoint, and the last one stays."""
+def written(run, path, writer, what, whose):
+    """Whether all processes that are to ("first": process 0) could write their file, by
+    writer(path, what). If not, that is said, the run writes no further checkpoint, and the last one
+    stays. None goes on before all are done."""
     why = ""
     try:
         if whose == "each" or parallel.rank() == 0:
             run.checkpoint.mkdir(exist_ok=True)
-            write(path, state)
+            writer(path, what)
     except OSError as error:
         why = str(error.strerror or error)
         print(f"\n{path}: no checkpoint could be written ({why}), and none will be",
@@ -366,7 +368,7 @@ def keep(run, stage, student):
     if not saving(run):
         return
     state = {"weights": dict(student.named_weights())}
-    if written(run, run.checkpoint / f"{stage}.safetensors", state, whose="first"):
+    if written(run, run.checkpoint / f"{stage}.safetensors", write, state, whose="first"):
         run.trained.append(stage)
         save(run)
 
@@ -446,15 +448,6 @@ class Interrupt:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def whole_steps(self, held):
-        """Within the body, if held, a step is not broken off; the body asks whether it is time."""
-        self.held = "this step is finished" if held else ""
-        try:
-            yield
-        finally:
-            self.held = ""
 
     def leave_if_asked(self):
         if self.asked:

@@ -306,9 +306,9 @@ def teach(run, student, lesson):
         now = partial(resume.snapshot, stage, student, memory, generator, watch, first)
         stop = stop_of(run, student, lesson, watch, memory, now, so_far)
         settings = settings_of(run, lesson, memory, log, stop)
+        run.interrupt.held = "this step is finished and saved" if c.save_every else ""
         try:
-            with run.interrupt.whole_steps(held=c.save_every):
-                learn(run, student, teacher, lesson, settings, generator)
+            learn(run, student, teacher, lesson, settings, generator)
         except sdft.Diverged as error:
             if not watch:
                 raise
@@ -322,6 +322,7 @@ def teach(run, student, lesson):
     interpolate(run, student, start, lesson)
     student = parallel.plain_copy(student, torch.float32)
     resume.keep(run, stage, student)
+    run.interrupt.held = ""
     run.interrupt.leave_if_asked()
     return student
 
@@ -625,7 +626,10 @@ def finish(run, results, students):
     left = [name for name in ("results.json", "metrics.jsonl", *folders, "report.png")
             if name not in absent]
     if failed:
-        raise OSError(f"{', '.join(failed)} could not be written; in {out} is {', '.join(left)}")
+        known = (run.checkpoint / resume.LATEST).exists()
+        later = f"; {resume.how_to_go_on(run.config)}" if known else ""
+        raise OSError(f"{', '.join(failed)} could not be written; in {out} is {', '.join(left)}"
+                      f"{later}")
     print(f"wrote {out}/{', '.join(left)}")
 
 

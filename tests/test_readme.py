@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,40 @@ def test_every_file_that_is_installed_from_exists():
     assert found
     for name in found:
         assert (ROOT / name).is_file(), name
+
+
+PINS = ["requirements.txt", "tests/requirements.txt", "tests/bench-requirements.txt"]
+
+
+def test_every_requirement_is_pinned():
+    """And nothing twice, but for what benchmarks and tests share."""
+    found = {}
+    for name in PINS:
+        for line in (ROOT / name).read_text().splitlines():
+            if not line.startswith("-r "):
+                package, version = re.fullmatch(r"([a-z0-9-]+)==(\d[\w.]*)( +# .+)?",
+                                                line).groups()[:2]
+                assert found.setdefault(package, version) == version, package
+    assert len(found) > 15
+
+
+def test_refreshing_the_pins_writes_versions_and_nothing_else(tmp_path):
+    """Not torch's, and no package's whose name only begins alike; comments and order stay."""
+    (tmp_path / "tests").mkdir()
+    for name in (*PINS, "tests/refresh-pins"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    versions = "NumPy==9.1\ntorch==3.0+cpu\ntokenizers-x==7\ntransformers==6.0.0rc1\nsome_x==1\n"
+    subprocess.run([tmp_path / "tests" / "refresh-pins", "rewrite"], input=versions, text=True,
+                   check=True)
+    changed = 0
+    for name in PINS:
+        before, after = ((root / name).read_text() for root in (ROOT, tmp_path))
+        expected = re.sub("^numpy==[^ \n]+", "numpy==9.1", before, flags=re.M)
+        expected = re.sub("^transformers==[^ \n]+", "transformers==6.0.0rc1", expected, flags=re.M)
+        assert after == expected
+        changed += after != before
+    assert changed == len(PINS)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_the_two_commands_are_the_ones_of_the_issue():

@@ -303,6 +303,23 @@ def test_who_is_asked_to_stop_while_it_writes_what_came_of_it_writes_all_of_it(
     assert (out / "student" / "model.safetensors").exists()
 
 
+def test_who_is_asked_to_stop_after_the_last_step_saves_the_trained_student(folders, tmp_path,
+                                                                           monkeypatch):
+    out = tmp_path / "out"
+
+    def asked(*args, keep_best=train.keep_best):
+        os.kill(os.getpid(), signal.SIGINT)
+        keep_best(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "keep_best", asked)
+        process = start(out, folders["llama"], "--steps", 2)
+        process.join(60)
+    assert process.exitcode == 1 and "this step is finished and saved first" in said(out)
+    latest = json.loads((out / "checkpoint" / "latest.json").read_text())["saves"]
+    state = resume.read(out / "checkpoint" / f"{latest}-0.safetensors")
+    assert state["trained"] == ["recovered"] and state["training"] is None
+
+
 def test_who_is_asked_twice_leaves_at_once_and_goes_on(folders, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
@@ -322,6 +339,12 @@ def test_who_is_asked_twice_leaves_at_once_and_goes_on(folders, tmp_path, monkey
         process = start(path, folders["llama"])
         process.join(60)
     assert left_by(out) == left_by(tmp_path / "whole")
+
+
+def test_a_signal_to_the_tests_ends_them_and_not_a_run():
+    with resume.Interrupt().caught(), pytest.raises(pytest.exit.Exception):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
 
 
 KILLS = int(os.environ.get("KILLS", 3))

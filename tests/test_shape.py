@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,11 @@ def test_the_types_in_the_files_that_are_the_paper_fit():
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == f"Success: no issues found in {len(SEVEN)} source files\n"
 
+
+def test_types_and_coverage_are_of_the_files_that_are_the_paper():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    files = sorted(f"{name}.py" for name in SEVEN)
+    assert sorted(tools["mypy"]["files"]) == sorted(tools["coverage"]["run"]["include"]) == files
 
 
 def functions_of(path):

@@ -72,6 +72,7 @@ class Healthy:
 def measure(evaluation, model, healthy=None, progress=""):
     """A Measurement: accuracy on every split, perplexity of every text, and likeness, given what is
     kept of the healthy model. progress names a progress bar; without a name there is none."""
+    parallel.give_back_freed_memory()
     items, answers, likeness, layers, kl = {}, [], {}, [], {}
     total = items_to_read(evaluation, healthy is not None)
     with tqdm(total=total, desc=progress, unit="item", disable=not progress) as bar:

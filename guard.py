@@ -97,6 +97,7 @@ class Watch:
     def check(self):
         """Measure, and keep the weights if they are the best; true if it is time to stop."""
         began = time.perf_counter()
+        parallel.give_back_freed_memory()
         now, prompts = self.value()
         if not self.checks:
             self.first = prompts

@@ -9,6 +9,7 @@ here passes through. All read the same files and take the same steps. Rollouts, 
 is measured are shared out; process 0 alone writes.
 """
 import contextlib
+import ctypes
 import os
 import platform
 import resource
@@ -203,6 +204,14 @@ def processor(device):
         models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = models[0] if models else name
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def give_back_freed_memory():
+    """To the system, where there is glibc: freed blocks do not fit what is measured next, and a
+    training, whose batches are of all lengths, would gather more and more of them."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def peak_memory_gib(device="cpu"):

@@ -76,7 +76,8 @@ def seconds_of(function, *arguments):
 
 def time_to_train(run, student, lesson):
     """Seconds that a training takes, from a few of its steps; the guard's checks are counted."""
-    steps, part = len(lesson.batches), lesson.batches[:STEPS]
+    steps = len(lesson.batches)
+    part = sorted(lesson.batches, key=tokens_in)[-STEPS:]  # the longest take the most memory
     began = time.perf_counter()
     recovered = train.teach(run, student, dataclasses.replace(lesson, batches=part))
     spent = time.perf_counter() - began
@@ -90,6 +91,11 @@ def time_to_train(run, student, lesson):
     return once + steps * step + check * (1 + math.ceil(steps / 7))
 
 
+def tokens_in(batch):
+    """Tokens of a batch's prompts, as both sides see them."""
+    return sum(len(p.student) + len(p.teacher) for p in batch)
+
+
 def show_plan(run, times):
     """Print the stages, and what each takes."""
     c, evaluation = run.config, run.evaluation
@@ -98,9 +104,9 @@ def show_plan(run, times):
     print(f"\nplan of a run ({c.dtype}, {parallel.processor(c.device)}):")
     lessons = [run.expert, run.forgetting, *run.recoveries]
     for lesson in [lesson for lesson in lessons if lesson and lesson.how != "none"]:
-        prompts = [p for batch in lesson.batches for p in batch]
-        tokens = sum(len(p.student) + len(p.teacher) for p in prompts)
-        print(f"  {lesson.stage}: {lesson.how}, {len(lesson.batches)} steps, {len(prompts)} "
+        tokens = sum(map(tokens_in, lesson.batches))
+        print(f"  {lesson.stage}: {lesson.how}, {len(lesson.batches)} steps, "
+              f"{sum(map(len, lesson.batches))} "
               f"prompts of {tokens:,} tokens, as student and teacher see them, and answers")
     print(f"  each stage is measured: {questions} questions, {windows} windows of text, "
           f"{sum(map(len, evaluation.sequences.values()))} sequences for CKA")

@@ -29,6 +29,8 @@ QWEN2 = dict(model_type="qwen2", qkv_bias=True, tie_embeddings=False)
 QWEN3 = dict(model_type="qwen3", head_dim=12)
 SMOLLM3 = dict(model_type="smollm3", no_rope=(1,))
 
+COUNTED = {"test_" + name for name in (
+    "sdft", "model", "quant", "prune", "cka", "data", "train", "mistakes", "proof", "resume")}
 FORK, INTERRUPT = multiprocessing.get_context("fork"), resume.Interrupt.__call__
 
 
@@ -75,6 +77,17 @@ def a_signal_ends_the_tests():
         patch.setattr(resume.Interrupt, "__call__",
                       lambda self, number, _: pytest.exit(f"signal {number}"))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lines_are_counted_where_that_is_cheap(request):
+    """A test that is watched by coverage takes a fifth more time, so only some files' are."""
+    if (before := sys.gettrace()) is None or request.path.stem in COUNTED:
+        yield
+        return
+    sys.settrace(None)
+    yield
+    sys.settrace(before)
 
 
 @pytest.fixture

@@ -133,6 +133,7 @@ def launch(argv, log, before=lambda: None, **env):
 
 def _program(argv, log, before, env):
     os.environ.update(env)
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
     resume.Interrupt.__call__ = INTERRUPT
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)

@@ -16,13 +16,15 @@ from model import GPT, generate
 
 @pytest.fixture(scope="module")
 def smollm2():
-    torch.set_num_threads(os.cpu_count())  # conftest says 1, which is for tiny models
     try:
-        return checkpoint.default_model()
+        folder = checkpoint.default_model()
     except OSError as error:
         if os.environ.get("SDFT_REQUIRE_MODEL"):
             raise
         pytest.skip(str(error))
+    torch.set_num_threads(os.cpu_count())  # conftest says 1, which is for tiny models
+    yield folder
+    torch.set_num_threads(1)
 
 
 def test_int4_hurts_and_a_few_steps_of_recovery_help(smollm2, tmp_path):

@@ -54,6 +54,7 @@ def write():
 def filled(text, folder):
     """The text with each of its parts written anew from this folder's results."""
     def part(found):
+        """One part, between its two lines; ValueError for an unknown table."""
         begin, name, old, end = found.groups()
         if name == "claims":
             new = claims(folder, old)

@@ -354,9 +354,17 @@ def interval(x, y, damages, statistic):
     Whole damages are drawn, with all their points: the seeds of one are not independent. Fewer than
     5 damages tell nothing of an interval, and get none.
     """
+    return with_interval(members_of(damages), lambda i: statistic(x[i], y[i]))
+
+
+def members_of(damages):
+    """The indices of each damage's points, in the order of the damages' names.
+
+    >>> [i.tolist() for i in members_of(["b", "a", "b"])]
+    [[1], [0, 2]]
+    """
     damages = np.array(damages)
-    members = [np.flatnonzero(damages == d) for d in sorted(set(damages.tolist()))]
-    return with_interval(members, lambda i: statistic(x[i], y[i]))
+    return [np.flatnonzero(damages == d) for d in sorted(set(damages.tolist()))]
 
 
 def with_interval(members, statistic):
@@ -365,11 +373,13 @@ def with_interval(members, statistic):
     >>> with_interval([np.array([i]) for i in range(4)], lambda i: i.mean())
     '1.50'
     """
-    value = rounded(statistic(np.concatenate(members)))
-    if len(members) < 5:
-        return value
-    low, high = bounds(bootstrap(members, statistic))
-    return f"{value} [{rounded(low)}, {rounded(high)}]"
+    ends = bounds(bootstrap(members, statistic)) if len(members) >= 5 else ()
+    return in_brackets(statistic(np.concatenate(members)), ends)
+
+
+def in_brackets(value, ends):
+    """'value [low, high]'; 'value' where there are no ends."""
+    return rounded(value) + (f" [{', '.join(map(rounded, ends))}]" if ends else "")
 
 
 def rounded(value, digits=2, sign=""):
@@ -486,8 +496,7 @@ def follows_table(runs):
 
 def follows_between(chosen, level, layers):
     """Rows of `follows_table`: between damaged models."""
-    rows, damages = [], np.array([damage for *_, damage in chosen])
-    members = [np.flatnonzero(damages == d) for d in sorted(set(damages.tolist()))]
+    rows, members = [], members_of([damage for *_, damage in chosen])
     plain, unit = (np.array([LAYERS[layers](likeness[level][kind]) for _, _, likeness, _ in chosen])
                    for kind in ("linear_debiased", "unit_debiased"))
     for metric in chosen[0][1]:
@@ -524,12 +533,12 @@ def follows_within(found, level, layers):
 
 def verdict_on(members, difference):
     """'difference [interval] | which follows better', by whether the interval is off 0."""
-    shown, word = with_interval(members, difference), "not known"
+    ends, word = (), "not known"
     if len(members) >= 5:
-        low, high = bounds(bootstrap(members, difference))
-        low, high = round(low, 2), round(high, 2)
+        ends = bounds(bootstrap(members, difference))
+        low, high = (round(end, 2) for end in ends)
         word = "unit norm" if low > 0 else "plain" if high < 0 else "no difference"
-    return f"{shown} | {word}"
+    return f"{in_brackets(difference(np.concatenate(members)), ends)} | {word}"
 
 
 # ----------------------------------------------------------------------------------------- Figures

@@ -347,22 +347,23 @@ def stop_of(run, student, lesson, watch, memory, now, so_far):
 def measure_along(run, student, lesson, step, part=None):
     """Measure the student on its way: after a step of its training, or at a part of the way from
     its start to its end. seconds: what the steps up to here took."""
-    m = evaluate.measure(run.evaluation, parallel.plain_copy(student, getattr(
-        torch, run.config.dtype)), run.kept)
-    spent = sum(line["seconds"] for line in run.lines if line["stage"] == lesson.stage)
-    where = {"step": step, "part": part, "seconds": spent}
+    model = parallel.plain_copy(student, getattr(torch, run.config.dtype))
+    m = evaluate.measure(run.evaluation, model, run.kept)
+    where = {"step": step, "part": part, "seconds": sum(seconds_of_steps(run, lesson.stage))}
     run.along.setdefault(lesson.stage, []).append(where | evaluate.point(m))
 
 
 @torch.no_grad()
 def interpolate(run, student, start, lesson):
     """Measure the weights between a training's start and its end; the student stays at its end."""
-    end = copies_of(student) if start else []
-    for part in map(float, parts_of(run.config) if start else []):
-        for p, first, last in zip(resume.trained_parameters(student), start, end):
+    if not start:  # it was not asked for
+        return
+    parameters, end = resume.trained_parameters(student), copies_of(student)
+    for part in map(float, parts_of(run.config)):
+        for p, first, last in zip(parameters, start, end):
             p.copy_(first.lerp(last, part))
         measure_along(run, student, lesson, len(lesson.batches), part)
-    for p, last in zip(resume.trained_parameters(student), end):
+    for p, last in zip(parameters, end):
         p.copy_(last)
 
 
@@ -569,10 +570,15 @@ def results_of(run):
 
 def end_of(run, stage):
     """The last of a recovery's points: the student that it left."""
-    steps = sum(line["stage"] == stage for line in run.lines)
-    spent = sum(line["seconds"] for line in run.lines if line["stage"] == stage)
-    where = {"step": run.guard.get(stage, {}).get("kept", steps), "part": None, "seconds": spent}
+    seconds = seconds_of_steps(run, stage)
+    kept = run.guard.get(stage, {}).get("kept", len(seconds))
+    where = {"step": kept, "part": None, "seconds": sum(seconds)}
     return where | evaluate.point(run.stages[stage])
+
+
+def seconds_of_steps(run, stage):
+    """What each step of this training took so far, a list."""
+    return [line["seconds"] for line in run.lines if line["stage"] == stage]
 
 
 def environment(run):

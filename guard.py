@@ -156,6 +156,7 @@ def held_out_loss(run, student, lesson):
             parts.append((task, part, answers, t))
 
     def value():
+        """Now: the losses by task, and prompt by prompt."""
         found = []  # (task, a prompt's loss, its tokens)
         with parametrize.cached():
             for task, part, answers, t in parts:

@@ -332,6 +332,7 @@ def stop_of(run, student, lesson, watch, memory, now, so_far):
     measured on its way; and now(), the training's state, is saved, and when the run is asked to
     stop, which it then does. After the last step resume.keep saves the student itself."""
     def stop():
+        """True after the last step; KeyboardInterrupt, the state saved, if the run was asked to."""
         step, every, often = memory["step"], run.config.save_every, run.config.measure_every
         if lesson.recovery and often and step % often == 0 and step < len(lesson.batches):
             measure_along(run, student, lesson, step)

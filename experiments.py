@@ -9,11 +9,12 @@
 
 Each run is `python train.py OPTIONS --seed S --out runs/EXPERIMENT/NUMBER-S`, with S = 0, 1, 2 or
 those of --seeds (and the further options in EXPERIMENT). What is done is skipped, so that a command
-can be stopped and called again. What came of the runs is printed, and drawn into
+can be stopped and called again; so is a seed that changes nothing. What came of the runs is printed, and drawn into
 runs/EXPERIMENT/report.png. The students are not kept. `report` of this repository's own results/
 writes the tables and pictures that stand on it (claims.py); of any other folder it prints tables.
 """
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -179,8 +180,18 @@ def run_experiment(name, seeds, further, best=False):
         run("--degrade ffn30 --recover none --eval-limit 1", Path("runs/small"), [], keep=True)
     for seed in seeds:
         for number in wanted:
-            run(f"{runs[number]} --seed {seed}", folder / f"{number}-{seed}", further)
+            if seed == seeds[0] or depends_on_seed(runs[number]):
+                run(f"{runs[number]} --seed {seed}", folder / f"{number}-{seed}", further)
     report([folder], str(folder))
+
+
+def depends_on_seed(options):
+    """Whether a run's numbers do: it trains, or its damage looks at training examples.
+
+    >>> [depends_on_seed(f"--degrade {how} --recover none") for how in ("nf4", "ffn10", "wanda2:4")]
+    [False, True, True]
+    """
+    return "--recover none" not in options or bool(re.search("ffn|wanda|forget", options))
 
 
 def runs_of(name, further):

@@ -153,7 +153,8 @@ def provenance(used):
     groups = {}
     for results in itertools.chain(*used):
         e = results["environment"]
-        cores = "" if "NVIDIA" in e["processor"] else f", {e['threads']} cores"
+        cores = f", {e['threads']} core" + "s" * (e["threads"] > 1)
+        cores = "" if "NVIDIA" in e["processor"] else cores
         where = f"{e['model']} on {e['processor'].removeprefix('NVIDIA ')}{cores}"
         groups.setdefault(where, []).append(results)
     return " ".join(f"{where}: {made_by(runs)}." for where, runs in groups.items())

@@ -93,6 +93,18 @@ def test_an_experiment_makes_its_runs_once_and_reports(tmp_path, monkeypatch, ca
     assert experiments.main(["table4", "--seeds", "0", "--steps", "11"]) == 0
 
 
+def test_a_seed_that_changes_nothing_is_skipped(monkeypatch):
+    """Quantized and by magnitude, a model is the same at each seed; recovered, it never is."""
+    made = []
+    monkeypatch.setattr(experiments, "run", lambda options, *_: made.append(options))
+    monkeypatch.setattr(experiments, "report", lambda *_: None)
+    assert experiments.main(["sweep", "default", "--seeds", "0,1"]) == 0
+    again = [options for options in made if options.endswith("--seed 1")]
+    drawn = [how for how in experiments.LEVELS if "ffn" in how or "wanda" in how]
+    assert len(made) == len(EXPERIMENTS["sweep"]) + len(drawn) + 2 * len(EXPERIMENTS["default"])
+    assert len(again) == len(drawn) + len(EXPERIMENTS["default"]) and len(drawn) == 12
+
+
 def test_a_larger_teacher_of_ones_own_teaches_in_the_second_run_of_table5():
     own = ["--model", "small", "--bootstrap", "large", "--steps", "9"]
     runs, further = experiments.runs_of("table5", own)

@@ -9,9 +9,10 @@
 
 Each run is `python train.py OPTIONS --seed S --out runs/EXPERIMENT/NUMBER-S`, with S = 0, 1, 2 or
 those of --seeds (and the further options in EXPERIMENT). What is done is skipped, so that a command
-can be stopped and called again; so is a seed that changes nothing. What came of the runs is printed, and drawn into
-runs/EXPERIMENT/report.png. The students are not kept. `report` of this repository's own results/
-writes the tables and pictures that stand on it (claims.py); of any other folder it prints tables.
+can be stopped and called again; so is a seed that changes nothing. What came of the runs is
+printed, and drawn into runs/EXPERIMENT/report.png. The students are not kept. `report` of this
+repository's own results/ writes the tables and pictures that stand on it (claims.py); of any other
+folder it prints tables.
 """
 import argparse
 import re

@@ -190,6 +190,7 @@ def normalizers(spec, where):
 
 
 def normalizer(spec, where):
+    """One step, a function text -> text; ValueError for a kind that is not known."""
     kind = spec.get("type")
     if kind in SIMPLE:
         return SIMPLE[kind]

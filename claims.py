@@ -86,6 +86,7 @@ def default_table(folder):
                    ("SmolLM2, `ffn10`", "default/2"), ("Qwen, `int4`", "default-qwen/0"),
                    ("Qwen, `nf4`", "default-qwen/1"),
                    ("Qwen, `ffn10`", "default-qwen/2"),
+                   ("Qwen, `nf4`", "default-qwen-cpu/1"),
                    ("Qwen, `ffn10`", "default-qwen-cpu/2"))
     return table(rows, [
         ("science_phrasing %", partial(on_the_way, metric="science_phrasing", each=True)),
@@ -238,8 +239,9 @@ def guard_table(folder):
 
 def lora_table(folder):
     """LoRA's recovery."""
-    return table(rows_of(folder, ("SmolLM2, `nf4`, `--lora 16`", "lora/0"),
-                         ("Qwen, `nf4`, `--lora 16`", "lora-qwen/0")), SHORT)
+    return table(rows_of(folder, ("SmolLM2, `int4`, `--lora 16`", "lora/0"),
+                         ("Qwen, `nf4`, `--lora 16`", "lora-qwen/0"),
+                         ("Qwen, `nf4`, `--lora 16`", "lora-qwen-cpu/0")), SHORT)
 
 
 # ------------------------------------------------------------------------------ The paper's tables

@@ -103,14 +103,19 @@ def items_to_read(evaluation, with_cka):
 
 # Performance. Every process reads its share of the examples, and all get all results.
 
-def chosen_right(evaluation, model, examples, done):
-    """[1.0 or 0.0, …]: whether each multiple-choice example's likeliest choice is the right one."""
-    right = []
-    for e in parallel.share(examples):
-        chosen = best_choice(model, evaluation.tokenizer, e, evaluation.score)
-        right.append(float(chosen == e.answer))
-        done(1)
-    return parallel.gather(right)
+def chosen_right(evaluation, model, examples, done, at_once=8):
+    """[1.0 or 0.0, …]: whether each multiple-choice example's likeliest choice is the right one;
+    some at once, of about one length."""
+    mine, right = parallel.share(examples), {}
+    order = sorted(range(len(mine)), key=lambda i: sum(map(len, sum(mine[i].choices, ()))))
+    for start in range(0, len(order), at_once):
+        group = order[start:start + at_once]
+        found = choice_scores(model, evaluation.tokenizer, [mine[i] for i in group],
+                              evaluation.score)
+        for i, scores in zip(group, found):
+            right[i] = float(scores.index(max(scores)) == mine[i].answer)
+        done(len(group))
+    return parallel.gather([right[i] for i in range(len(mine))])
 
 
 def answers_to(evaluation, model, examples, done, demo="none"):
@@ -153,32 +158,28 @@ def answer(model, tokenizer, examples, max_new_tokens, generate, done=None, demo
     return [tokenizer.read(ids) for ids in completions]
 
 
-def best_choice(model, tokenizer, example, score):
-    """Index of the likeliest (context, continuation) pair."""
-    scores = choice_scores(model, tokenizer, example, score)
-    return scores.index(max(scores))
-
-
-def choice_scores(model, tokenizer, example, score):
-    """Log-likelihood of each continuation after its context, a list.
+def choice_scores(model, tokenizer, examples, score):
+    """Log-likelihood of each continuation after its context, a list of numbers an example.
 
     It is per character of the choice's own text, without the blank put before it, since choices
     differ in length: acc_norm of lm-evaluation-harness. Whole sentences, which have no context, get
     the sum (BLiMP). The first token needs one that predicts it, too: where a context is empty, what
     the tokenizer puts before a text stands for it, or the token that separates documents.
     """
-    contexts, continuations = zip(*example.choices)
+    contexts, continuations = zip(*(pair for e in examples for pair in e.choices))
     separator = tokenizer.added.get("<|endoftext|>", tokenizer.eos_id)
     prompts = [data.begun(tokenizer, tokenizer.encode(t)) or [separator] for t in contexts]
     targets = [tokenizer.encode(t) for t in continuations]
     states = score(model, prompts, targets)[-1]                     # [N, D]
-    logp = F.log_softmax(model.head(states).float(), -1)            # [N, V]
-    tokens = torch.tensor([i for t in targets for i in t], device=logp.device)
-    logp = logp.gather(1, tokens[:, None])[:, 0]                    # [N]
-    sums = [part.sum().item() for part in logp.split([len(t) for t in targets])]
-    if not any(contexts):
-        return sums
-    return [total / len(text.removeprefix(" ")) for total, text in zip(sums, continuations)]
+    tokens = torch.tensor([i for t in targets for i in t], device=states.device)
+    logp = -F.cross_entropy(model.head(states).float(), tokens, reduction="none")  # [N]
+    sums, found = [part.sum().item() for part in logp.split([len(t) for t in targets])], []
+    for e in examples:
+        mine, sums = sums[:len(e.choices)], sums[len(e.choices):]
+        if any(context for context, _ in e.choices):
+            mine = [x / len(text.removeprefix(" ")) for x, (_, text) in zip(mine, e.choices)]
+        found.append(mine)
+    return found
 
 
 def nats(model, windows, prefix=0, theirs=None, head=None):

@@ -716,7 +716,7 @@ def test_contexts_begin_with_the_prefix_which_also_stands_for_an_empty_one(folde
     lm = tiny(vocab_size=259)
     for contexts in (("ab", "c"), ("", "")):
         example = Example("", choices=[(context, " x") for context in contexts])
-        evaluate.choice_scores(lm, ours, example, score)
+        evaluate.choice_scores(lm, ours, [example], score)
     assert asked[0] == [[1, 2, *ours.encode("ab")], [1, 2, *ours.encode("c")]]
     assert asked[1] == [[1, 2], [1, 2]]
 

@@ -1,5 +1,6 @@
 """What is measured, by hand and against plain forwards; a made-up run in words and in a picture."""
 import copy
+import dataclasses
 import json
 import math
 
@@ -109,10 +110,14 @@ def test_best_choice_is_the_likeliest_one(choices, small):
             logp = student(torch.tensor([c + t])).float().log_softmax(-1)[0]
         characters = len(continuation) - 1 if any(context for context, _ in choices) else 1
         scores.append(sum(logp[len(c) + i - 1, t[i]].item() for i in range(len(t))) / characters)
-    chosen = evaluate.best_choice(student, tokenizer, example, sdft.score)
-    assert chosen == scores.index(max(scores))
-    found = evaluate.choice_scores(student, tokenizer, example, sdft.score)
-    assert found == pytest.approx(scores, abs=1e-4)
+    other = Example("", choices=[("a b c d e", " y"), ("", " zz"), ("x", " w")])
+    found = evaluate.choice_scores(student, tokenizer, [other, example], sdft.score)
+    assert len(found[0]) == 3 and found[1] == pytest.approx(scores, abs=1e-4)
+    evaluation, best = evaluation_of(tokenizer), scores.index(max(scores))
+    asked = [dataclasses.replace(e, answer=best) for e in (other, example, other)]
+    right = evaluate.chosen_right(evaluation, student, asked, lambda n: None, at_once=2)
+    chosen = found[0].index(max(found[0]))
+    assert right == [float(chosen == best), 1.0, float(chosen == best)]
 
 
 def test_recovered_fraction_by_hand():

@@ -15,10 +15,12 @@ repository's own results/ writes the tables and pictures that stand on it (claim
 folder it prints tables.
 """
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import checkpoint
@@ -95,12 +97,15 @@ def main(argv=None):
         else:
             asked, further = parse_experiments(argv)
             for name in asked.experiments:
-                run_experiment(name, asked.seeds, further, asked.best)
+                run_experiment(name, asked.seeds, further, asked.best, asked.jobs)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on", file=sys.stderr)
         return 1
     return 0
 
@@ -114,7 +119,11 @@ def parse_experiments(argv):
     parser.add_argument("--seeds", type=seeds_of, default=SEEDS, help="by commas [0,1,2]")
     parser.add_argument("--best", action="store_true", help="of fair…, whose first seed is done: "
                         "of each method the run whose learning rate gained most")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once [1]; two on two cores "
+                        "take four fifths of the time of one after the other")
     asked, further = parser.parse_known_args(argv)
+    if asked.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {asked.jobs}")
     if "table5" in asked.experiments and ("--model" in further) != ("--bootstrap" in further):
         raise ValueError("table5 makes its own small model of the default one; for others give "
                          "--model SMALL --bootstrap LARGER")
@@ -172,17 +181,22 @@ def seeds_of(text):
 
 # ------------------------------------------------------------------------------------- Making runs
 
-def run_experiment(name, seeds, further, best=False):
+def run_experiment(name, seeds, further, best=False, jobs=1):
     """Make the runs that are not there yet, then print and draw what came of all of them."""
     folder = Path("runs", "".join([name, *further]).replace("/", "-"))
     runs, further = runs_of(name, further)
     wanted = fronts.best_runs(folder) if best else range(len(runs))
     if SMALL in runs[0]:
         run("--degrade ffn30 --recover none --eval-limit 1", Path("runs/small"), [], keep=True)
-    for seed in seeds:
-        for number in wanted:
-            if seed == seeds[0] or depends_on_seed(runs[number]):
-                run(f"{runs[number]} --seed {seed}", folder / f"{number}-{seed}", further)
+    wanted = [(f"{runs[number]} --seed {seed}", folder / f"{number}-{seed}")
+              for seed in seeds for number in wanted
+              if seed == seeds[0] or depends_on_seed(runs[number])]
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for made in [pool.submit(run, *one, further, jobs=jobs) for one in wanted]:
+                made.result()
+        finally:  # of a Ctrl-C, or after a run that failed: what has begun ends, or saves itself
+            pool.shutdown(cancel_futures=True)
     report([folder], str(folder))
 
 
@@ -205,8 +219,9 @@ def runs_of(name, further):
     return ["--degrade none --steps 50", larger], rest
 
 
-def run(options, out, further, keep=False):
-    """One run of train.py, unless it is done; its students are deleted but for keep."""
+def run(options, out, further, keep=False, jobs=1):
+    """One run of train.py, unless it is done, one of so many at once, which share the cores; its
+    students are deleted but for keep."""
     if (out / "results.json").exists():
         return
     if "BASE" in options:
@@ -215,8 +230,11 @@ def run(options, out, further, keep=False):
     print(f"python train.py {' '.join(command)}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     program = [sys.executable, str(Path(__file__).parent / "train.py")]
+    cores = str(max(1, os.cpu_count() // jobs))
+    env = None if jobs == 1 else {"OMP_NUM_THREADS": cores} | os.environ
     with open(out / "log.txt", "w") as log:
-        done = subprocess.run([*program, *command, "--out", str(out)], stdout=log, stderr=log)
+        done = subprocess.run([*program, *command, "--out", str(out)], stdout=log, stderr=log,
+                              env=env)
     if done.returncode and not (out / "results.json").exists():  # 1 with it: the guard ended it
         raise RunFailed(f"this run failed (exit code {done.returncode}); see {out}/log.txt")
     if not keep:

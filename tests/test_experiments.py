@@ -1,5 +1,8 @@
 """The paper's experiments as command lines: made once, reported, kept."""
 import json
+import os
+import signal
+import time
 
 import pytest
 from test_tables import write
@@ -34,7 +37,7 @@ def test_report_prints_tables_and_draws(folder, tmp_path, capsys):
     (["report"], "DIR"),
     (["report", "RUNS", "--outt", "x"], "--outt"),
     (["table9"], "table9"),
-    (["table2", "--seeds", "a"], "--seeds"),
+    (["table2", "--seeds", "a"], "--seeds"), (["table2", "--jobs", "0"], "--jobs"),
     ([], "experiments"),
     (["table5", "--model", "x"], "its own small model"),
     (["table1", "--best"], "--best"), (["fair", "--best"], "none is done")])
@@ -96,13 +99,47 @@ def test_an_experiment_makes_its_runs_once_and_reports(tmp_path, monkeypatch, ca
 def test_a_seed_that_changes_nothing_is_skipped(monkeypatch):
     """Quantized and by magnitude, a model is the same at each seed; recovered, it never is."""
     made = []
-    monkeypatch.setattr(experiments, "run", lambda options, *_: made.append(options))
+    monkeypatch.setattr(experiments, "run", lambda options, *_, **__: made.append(options))
     monkeypatch.setattr(experiments, "report", lambda *_: None)
     assert experiments.main(["sweep", "default", "--seeds", "0,1"]) == 0
     again = [options for options in made if options.endswith("--seed 1")]
     drawn = [how for how in experiments.LEVELS if "ffn" in how or "wanda" in how]
     assert len(made) == len(EXPERIMENTS["sweep"]) + len(drawn) + 2 * len(EXPERIMENTS["default"])
     assert len(again) == len(drawn) + len(EXPERIMENTS["default"]) and len(drawn) == 12
+
+
+def test_after_a_ctrl_c_what_has_begun_ends_and_nothing_begins(monkeypatch, capsys):
+    """A run of train.py gets the Ctrl-C, too, and saves itself: it must not be killed."""
+    began, ended, before = [], [], signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def run(_, out, *__, jobs):
+        began.append(out)
+        time.sleep(0.3)
+        if out == began[-1]:  # once
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        ended.append(out)
+    monkeypatch.setattr(experiments, "run", run)
+    try:
+        assert experiments.main(["demos", "--jobs", "2"]) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(began) == 2 and sorted(began) == sorted(ended)
+    assert capsys.readouterr().err == "error: interrupted; the same command goes on\n"
+
+
+def test_runs_at_once_share_the_cores(tmp_path, monkeypatch):
+    seen = []
+
+    def call(*_, env, **__):
+        seen.append(env and env["OMP_NUM_THREADS"])
+        return experiments.subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(experiments.subprocess, "run", call)
+    monkeypatch.setattr(experiments.os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for jobs in (1, 2, 8):
+        experiments.run("", tmp_path / str(jobs), [], jobs=jobs)
+    assert seen == [None, "3", "1"]
 
 
 def test_a_larger_teacher_of_ones_own_teaches_in_the_second_run_of_table5():

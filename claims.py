@@ -447,6 +447,7 @@ TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     **per_model("correlations", tables.correlation_table, "sweep"),
     **per_model("within", tables.within_table, *RECOVERIES, only=has_a_way),
     **per_model("follows", tables.follows_table, "sweep", *RECOVERIES, only=has_unit_norm),
+    **per_model("fair-answer", fronts.answers_table, *FAIR),
     **per_model("fair", fronts.gains_table, *FAIR),
     **per_model("fair-tuned", fronts.tuned_table, *FAIR)}
 
@@ -535,6 +536,17 @@ def order_claim(folder):
     return ("; ".join(here), "yes" if min(low) > 0.5 else "in part") if here else ()
 
 
+def fair_claim(folder):
+    """The answer to the question of the fair comparison, tool calls from the healthy model."""
+    here, verdicts = [], []
+    for model, suffix in MODELS.items():
+        for (data, _), points in fronts.scenes(read_all(folder, "fair" + suffix)).items():
+            apart, word = fronts.answer(points, data)
+            here.append(f"{model} {apart or '–'}")
+            verdicts.append(f"{model}: {word}")
+    return ("; ".join(here) + " points", "; ".join(verdicts)) if here else ()
+
+
 CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () where it has no files
     ("NF4, science (Table 2)", PAPER["table2", "science"],
      partial(claimed, metric="science_phrasing", where="table2/0|default/1")),
@@ -551,6 +563,8 @@ CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () whe
     ("forgetting, t = expert without the demonstration", "the paper does not say",
      partial(claimed, metric="science_phrasing", where="table1/1")),
     ("a small model, science (Table 5)", "3B 30.8, direct 54.2, two-stage 63.1", small_claim),
+    ("at half of the best gain on tool calls: what SDFT keeps of all else, less what SFT keeps",
+     "promised by SDFT (2601.19897)", fair_claim),
     ("CKA rises as performance returns (§5.4)", "yes", rising_claim),
     ("CKA orders damaged models (Fig. 8b)", "yes", order_claim)]
 

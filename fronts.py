@@ -204,18 +204,41 @@ def kl_at(points, data, wanted, text):
 
 
 def difference(one, other, data, wanted, samples=1000):
-    """'a - b [low, high]': retention of two fronts at a wanted gain, with the 95 % interval of a
-    paired bootstrap over test items; '' where one does not get there.
+    """(a - b, low, high): retention of two fronts at a wanted gain, with the 95 % interval of a
+    paired bootstrap over test items; () where one does not get there.
 
     A draw in which one falls short of that gain is left out.
     """
     weights, metrics = weights_of(one[0], SCORED, samples), retained(one[0], data)
     a, b = (retained_at(points, data, wanted, metrics, weights) for points in (one, other))
     if np.isnan(a[0] - b[0]):
-        return ""
-    low, high = tables.bounds(list((a - b)[1:]))
-    value, low, high = (tables.rounded(x, 1, "+") for x in (a[0] - b[0], low, high))
-    return f"{value} [{low}, {high}]"
+        return ()
+    return float(a[0] - b[0]), *tables.bounds(list((a - b)[1:]))
+
+
+def told(found):
+    """'a - b [low, high]' of a `difference`, '' of none.
+
+    >>> told((1.25, -0.5, 3.0))
+    '+1.2 [-0.5, +3.0]'
+    """
+    value, *ends = (tables.rounded(x, 1, "+") for x in found or [0])
+    return f"{value} [{', '.join(ends)}]" if found else ""
+
+
+def answer(points, data):
+    """(SDFT's retention less SFT's, where both have half of the best gain of any method, as text;
+    which of them keeps more, by whether the interval is off 0): the question of RESULTS.md, and the
+    rule that was written down there before the first run."""
+    found = fronts_of(points, data)
+    best = max(gain(p, data, SCORED) for line in found.values() for p in line) if found else 0
+    both = [found.get(method) for method in ("sdft", "--recover sft")]
+    apart = difference(*both, data, best / 2) if all(both) else ()
+    if not apart:
+        return "", "not known: one of them does not gain so much"
+    _, low, high = apart
+    word = "SDFT keeps more" if low > 0 else "SFT keeps more" if high < 0 else "not decided"
+    return told(apart), word
 
 
 # ------------------------------------------------------------------------------------------ Tables
@@ -250,6 +273,16 @@ def gains_table(runs):
     return "\n".join(lines).lstrip()
 
 
+def answers_table(runs):
+    """The answer to the question, a row for each task and damage. '' where nothing is retained."""
+    lines = ["| trained on | from | retention at half of the best gain, SDFT's less SFT's | answer |",
+             "|---|---|---|---|"]
+    for (data, damage), points in scenes(runs).items():
+        if retained(points[0], data):
+            lines.append("| " + " | ".join([data, damage, *answer(points, data)]) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def gain_rows(found, data):
     """One table of `gains_table`."""
     base, first = reference(found), next(iter(found.values()))[0]
@@ -264,8 +297,8 @@ def gain_rows(found, data):
             each = [retained_at(points, data, at, metrics, once)[0]
                     for metrics in (others, *([m] for m in others))]
             kl = [kl_at(points, data, at, text) for text in first.kl]
-            told = "" if method == base else difference(points, found[base], data, at)
-            cells = [f"`{method}`", f"{at:.1f} ({share:.0%})", shown(each[0]), told,
+            apart = () if method == base else difference(points, found[base], data, at)
+            cells = [f"`{method}`", f"{at:.1f} ({share:.0%})", shown(each[0]), told(apart),
                      *map(shown, each[1:]), *(shown(x, 3) for x in kl), str(len(points))]
             lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -128,11 +128,26 @@ def test_the_interval_holds_the_difference_and_is_paired(runs):
     """The same model against itself differs by nothing in every draw of the items."""
     _, points = next(iter(fronts.scenes(runs).items()))
     found = fronts.fronts_of(points, "tooluse")
-    told = fronts.difference(found["sdft"], found["--recover sft"], "tooluse", 20)
-    low, high = map(float, told.split("[")[1].rstrip("]").split(","))
-    assert low < 2.5 < high and high - low < 10
+    value, low, high = fronts.difference(found["sdft"], found["--recover sft"], "tooluse", 20)
+    assert low < 2.5 < high and high - low < 10 and value == pytest.approx(2.5)
     same = fronts.difference(found["sdft"], found["sdft"], "tooluse", 20)
-    assert same == "+0.0 [+0.0, +0.0]"
+    assert fronts.told(same) == "+0.0 [+0.0, +0.0]"
+
+
+@pytest.mark.parametrize("kept, word", [(79, "SDFT keeps more"), (60, "not decided"),
+                                        (30, "SFT keeps more")])
+def test_the_question_is_answered_by_its_rule(kept, word, tmp_path):
+    """At 40, half of the best gain, sft keeps 60 of 80; the other test is untouched."""
+    put(tmp_path, "0", (80, 40), [(40, 60), (20, 60)], recover="sft")
+    put(tmp_path, "1", (40, kept), [(20, kept), (10, kept)])
+    ((data, _), points), = fronts.scenes(tables.read_runs([tmp_path])).items()
+    apart, found = fronts.answer(points, data)
+    assert found == word and apart.startswith(f"{(kept - 60) / 2:+.1f} [")
+    assert f"| tooluse | none | {apart} | {word} |" in fronts.answers_table(
+        tables.read_runs([tmp_path]))
+    put(tmp_path, "1", (30, kept), [(20, kept), (10, kept)])
+    (_, points), = fronts.scenes(tables.read_runs([tmp_path])).items()
+    assert fronts.answer(points, data)[1].startswith("not known")
 
 
 def test_a_rate_is_chosen_on_the_even_items_and_scored_on_the_odd(tmp_path):

@@ -275,7 +275,7 @@ def gains_table(runs):
 
 def answers_table(runs):
     """The answer to the question, a row for each task and damage. '' where nothing is retained."""
-    lines = ["| trained on | from | retention at half of the best gain, SDFT's less SFT's | answer |",
+    lines = ["| trained on | from | retention, SDFT less SFT, at half of the best gain | answer |",
              "|---|---|---|---|"]
     for (data, damage), points in scenes(runs).items():
         if retained(points[0], data):

@@ -12,6 +12,7 @@ import numpy as np
 
 import evaluate
 import fronts
+import pictures
 import tables
 from kept import (
     RESULTS,
@@ -572,8 +573,8 @@ CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () whe
 # ----------------------------------------------------------------------------------------- Pictures
 
 def draw(folder, out):
-    """fig6.png, fig8a.png, fig8b.png, and the fronts of the fair comparison; of the experiments
-    that are there. Nothing without matplotlib."""
+    """PICTURES, and the fronts of the fair comparison; of the experiments that are there. Nothing
+    without matplotlib."""
     pyplot = evaluate.find_pyplot()
     if pyplot is None:
         return
@@ -582,11 +583,11 @@ def draw(folder, out):
         runs = next(filter(None, (read_all(folder, *both(choice)) for choice in choices)), [])
         if runs:
             runs = [(re.sub(r"--model (\S+?)-\S*", r"\1", name), *rest) for name, *rest in runs]
-            save(pyplot, draw_one(pyplot, runs), out / f"{name}.png")
+            pictures.save(pyplot, draw_one(pyplot, runs), out / f"{name}.png")
     for suffix in MODELS.values():
         runs = read_all(folder, *(name + suffix for name in FAIR))
         if runs:
-            save(pyplot, fronts.draw(pyplot, runs), out / f"fronts{suffix}.png")
+            pictures.save(pyplot, fronts.draw(pyplot, runs), out / f"fronts{suffix}.png")
 
 
 def both(experiments):
@@ -594,41 +595,8 @@ def both(experiments):
     return [name + suffix for name in experiments for suffix in MODELS.values()]
 
 
-def save(pyplot, figure, path):
-    """The figure as a file, without the version of what drew it."""
-    figure.savefig(path, dpi=80, metadata={"Software": None})
-    pyplot.close(figure)
-    print(path)
-
-
-def fig6(pyplot, runs):
-    """Fig. 6: performance by damage, healthy, degraded, recovered."""
-    groups = tables.by_name(runs)
-    metrics = tables.common_metrics([(stage, results) for _, stage, results in runs])[:3]
-    figure, axes = pyplot.subplots(1, len(metrics), layout="constrained", squeeze=False,
-                                   figsize=(3 + 4 * len(metrics), 1 + 0.35 * len(groups)))
-    for axis, metric in zip(axes[0], metrics):
-        tables.draw_performance(axis, groups, metric)
-    axes[0, -1].set_xscale("log")
-    axes[0, 0].set_yticks(range(len(groups)), [name for name, _ in groups], fontsize=7)
-    axes[0, 0].legend()
-    return figure
-
-
-def fig8a(pyplot, runs):
-    """Fig. 8a: CKA from healthy to degraded to recovered."""
-    figure, axis = pyplot.subplots(figsize=(10, 7), layout="constrained")
-    tables.draw_along(axis, tables.by_name(runs))
-    return figure
-
-
-def fig8b(pyplot, runs):
-    """Fig. 8b: CKA against the first accuracy, both models."""
-    figure, axis = pyplot.subplots(figsize=(8, 6), layout="constrained")
-    tables.draw_against(axis, runs, "science_phrasing")
-    return figure
-
-
 PICTURES = [  # file, how it is drawn, of which experiments' runs: the first that are there
-    ("fig6", fig6, ["baselines"], ["default", "damages"]),
-    ("fig8a", fig8a, ["table1"], ["default"]), ("fig8b", fig8b, ["sweep"], ["default", "damages"])]
+    ("fig6", pictures.fig6, ["baselines"], ["default", "damages"]),
+    ("fig8a", pictures.fig8a, ["table1"], ["default"]),
+    ("fig8b", pictures.fig8b, ["sweep"], ["default", "damages"]),
+    ("along", pictures.along, ["along"])]

@@ -28,6 +28,7 @@ import claims
 import evaluate
 import fronts
 import kept
+import pictures
 import tables
 
 LEVELS = [
@@ -166,7 +167,7 @@ def report(paths, out):
         return
     runs = tables.read_runs(paths)
     print(tables.all_tables(runs))
-    tables.draw_runs(runs, Path(out or "out"))
+    pictures.draw_runs(runs, Path(out or "out"))
 
 
 def refuse(message):

@@ -7,7 +7,6 @@ import math
 import re
 from functools import partial
 from pathlib import Path
-from textwrap import fill
 
 import numpy as np
 
@@ -410,19 +409,20 @@ def bounds(found):
 # --------------------------------------------------- CKA on the way of a recovery (--measure-every)
 
 def ways(runs):
-    """Each recovery as the points on its way, from the damaged model on: [[(performance, CKA), …],
-    …], CKA {level: {kind: [last layer, mean of layers]}}; those of 4 points or more."""
-    found = []
-    for _, stage, results in runs:
-        way = [(p["values"], p["cka"]) for p in measured_on_the_way(results, stage)]
-        damaged = {level: {kind: [last_layer(v), mean_of_layers(v)] for kind, v in kinds.items()}
-                   for level, stages in results["cka"].items()
-                   for kinds in [stages.get("degraded", {})] if kinds}
-        if damaged:
-            way.insert(0, (results["stages"]["degraded"], damaged))
-        if len(way) >= 4:
-            found.append(way)
-    return found
+    """Each recovery as the points on its way, [[(performance, CKA), …], …]; those of 4 points or
+    more."""
+    found = [[point for _, *point in way_of(stage, results)] for _, stage, results in runs]
+    return [way for way in found if len(way) >= 4]
+
+
+def way_of(stage, results):
+    """A recovery's points, from the damaged model on: [(step, performance, CKA), …], CKA {level:
+    {kind: [last layer, mean of layers]}}."""
+    way = [(p["step"], p["values"], p["cka"]) for p in measured_on_the_way(results, stage)]
+    damaged = {level: {kind: [last_layer(v), mean_of_layers(v)] for kind, v in kinds.items()}
+               for level, stages in results["cka"].items()
+               for kinds in [stages.get("degraded", {})] if kinds}
+    return [(0, results["stages"]["degraded"], damaged)] * bool(damaged) + way
 
 
 def measured_on_the_way(results, stage):
@@ -539,63 +539,3 @@ def verdict_on(members, difference):
         low, high = (round(end, 2) for end in ends)
         word = "unit norm" if low > 0 else "plain" if high < 0 else "no difference"
     return f"{in_brackets(difference(np.concatenate(members)), ends)} | {word}"
-
-
-# ----------------------------------------------------------------------------------------- Figures
-
-def draw_runs(runs, out):
-    """report.png in `out`: Fig. 6, performance by kind of damage; Fig. 8, CKA along the way (a) and
-    against performance (b). Nothing without matplotlib."""
-    pyplot = evaluate.find_pyplot()
-    if pyplot is None:
-        return
-    groups = by_name(runs)
-    metrics = common_metrics([(stage, results) for _, stage, results in runs])
-    columns = max(2, len(metrics))
-    figure, axes = pyplot.subplots(
-        2, columns, figsize=(5.5 * columns, 9), layout="constrained", squeeze=False)
-    for axis, metric in zip(axes[0], metrics):
-        draw_performance(axis, groups, metric)
-    names = [fill(name, 36) for name, _ in groups]
-    axes[0, 0].set_yticks(range(len(groups)), names, fontsize=7)
-    axes[0, 0].legend()
-    draw_along(axes[1, 0], groups)
-    draw_against(axes[1, 1], runs, metrics[0])
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "report.png", dpi=100)
-    pyplot.close(figure)
-
-
-def draw_performance(axis, groups, metric):
-    """Fig. 6: a bar for each name and stage."""
-    for i, stage in enumerate(("healthy", "degraded", "")):
-        heights = [np.mean(values_of(group, stage, metric)) for _, group in groups]
-        where = np.arange(len(groups)) + 0.27 * (1 - i)
-        axis.barh(where, heights, 0.27, label=stage or "recovered")
-    axis.set(title=evaluate.metric_title(metric))
-    axis.set_yticks(range(len(groups)), [])
-
-
-def draw_along(axis, groups):
-    """Fig. 8a: CKA from healthy to degraded to recovered, a line a name, dotted over tokens."""
-    for i, (name, group) in enumerate(groups):
-        for level, style, label in (("samples", "-", name), ("tokens", ":", None)):
-            heights = [1]
-            for stage in ("degraded", ""):
-                found = [kinds["linear_debiased"][-1] for kinds in cka_of(group, stage, level)]
-                heights.append(np.mean(found or [math.nan]))
-            axis.plot(["healthy", "degraded", "recovered"], heights, style, color=f"C{i}",
-                      label=label)
-    axis.set(title="CKA with the healthy model (last layer, linear, debiased; dotted: tokens)")
-    axis.legend(fontsize=7)
-
-
-def draw_against(axis, runs, metric):
-    """Fig. 8b: a point a model, CKA over samples against performance."""
-    for stage, marker in (("degraded", "x"), ("recovered", "o")):
-        chosen = points(runs, (stage,))
-        x = [likeness["samples"]["linear_debiased"][-1] for _, _, likeness, _ in chosen]
-        axis.plot(x, [values[metric] for _, values, _, _ in chosen], marker, label=stage)
-    axis.set(title="CKA (samples, last layer) against performance", xlabel="CKA",
-             ylabel=evaluate.metric_title(metric))
-    axis.legend()

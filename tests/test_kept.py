@@ -7,8 +7,10 @@ import shutil
 import pytest
 
 import claims
+import evaluate
 import experiments
 import kept
+import pictures
 import tables
 import train
 from cka import KINDS
@@ -267,11 +269,13 @@ def test_runs_of_before_do_not_hide_those_measured_on_their_way(tmp_path):
     put(tmp_path, "default/0-0", before)
     assert claims.TABLES["within"](tmp_path) == claims.TABLES["follows"](tmp_path) == ""
     for n in range(6):
-        results = made_up(three(task=(50.0, 20.0, 40.0)), degrade=f"int{2 + n}")
+        results = made_up(three(task=(50.0, 20.0, 40.0), perplexity=(10.0, 20.0, 12.0)),
+                          degrade=f"int{2 + n}")
         kinds = {kind: [0.9, 0.9] for kind in KINDS}
         for level in results["cka"].values():
             level["degraded"] = level["recovered"] = kinds
-        along = [{"step": k, "part": None, "seconds": 1.0, "values": {"task": 20.0 + k},
+        along = [{"step": k, "part": None, "seconds": 1.0, "values": {
+                      "task": 20.0 + k, "perplexity": 20.0 - k},
                   "items": {}, "kl": {}, "cka": {level: {
                       kind: [0.9 + k / 100, 0.9 + k / 100] for kind in kinds}
                       for level in results["cka"]}} for k in range(1, 9)]
@@ -280,3 +284,9 @@ def test_runs_of_before_do_not_hide_those_measured_on_their_way(tmp_path):
     assert "| samples | unit, debiased | last | task | 6 | 1.00 [1.00, 1.00] |" in within
     assert "| recoveries | samples | last | task | 6 | 1.00 | 1.00 | 0.00 [0.00, 0.00] |" in follows
     assert "nf4" not in within + follows and "int7" in within  # what they stand on
+    pyplot = evaluate.find_pyplot()
+    figure = pictures.along(pyplot, claims.read_all(tmp_path, "along"))
+    above, below = figure.axes[0], figure.axes[6]  # of the first of six columns
+    assert above.lines[0].get_xydata()[1:].tolist() == [[k, 20 + k] for k in range(1, 9)]
+    assert len(below.lines) == 4 and below.lines[0].get_ydata()[-1] == pytest.approx(0.98)
+    pyplot.close(figure)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+import pictures
 import tables
 import train
 from cka import KINDS
@@ -48,7 +49,7 @@ def test_tables_are_means_and_standard_errors_over_the_seeds_of_one_name(tmp_pat
     assert "| not damaged in 1 of 3 |" in tables.performance_table(runs)
     assert ("| `--degrade int4` | samples | linear, debiased | 0.900 | 0.450 | 0.950 | 0.725 |"
             in tables.cka_table(runs))
-    tables.draw_runs(runs, tmp_path)
+    pictures.draw_runs(runs, tmp_path)
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 

@@ -520,6 +520,26 @@ def rising_claim(folder):
             "recoveries"), word
 
 
+def within_claim(folder):
+    """Pearson's r of CKA (last layer, debiased) with accuracy along the steps of recoveries, its
+    mean over them with the interval: over samples, over tokens."""
+    here, verdicts = [], []
+    for model, suffix in MODELS.items():
+        runs = read_all(folder, *(experiment + suffix for experiment in RECOVERIES))
+        ways = tables.ways([run for run in runs if has_a_way(run[-1])])
+        if len(ways) < 5:
+            continue
+        told, words = [], []
+        for level in ("samples", "tokens"):
+            r = tables.r_of_ways(ways, level, "linear_debiased", "last", "science_phrasing")
+            low, high = tables.interval_of_runs(r)
+            told.append(tables.in_brackets(r.mean(), (low, high)))
+            words.append("yes" if low > 0 else "no" if high < 0 else "undecided")
+        here.append(f"{model} {', '.join(told)} (n = {len(ways)})")
+        verdicts.append(f"{model}: {words[0]}, {words[1]}")
+    return ("; ".join(here), "; ".join(verdicts)) if here else ()
+
+
 def order_claim(folder):
     """Spearman's r of CKA with performance between damaged models."""
     here, low = [], []
@@ -567,6 +587,8 @@ CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () whe
     ("at half of the best gain on tool calls: what SDFT keeps of all else, less what SFT keeps",
      "promised by SDFT (2601.19897)", fair_claim),
     ("CKA rises as performance returns (§5.4)", "yes", rising_claim),
+    ("CKA goes with accuracy along a recovery's steps: r over samples, over tokens", "yes",
+     within_claim),
     ("CKA orders damaged models (Fig. 8b)", "yes", order_claim)]
 
 

@@ -473,8 +473,14 @@ def r_of_ways(found, level, kind, layers, metric):
 
 
 def mean_of_runs(values):
-    """'mean [low, high]' over runs, by bootstrap."""
-    return with_interval([np.array([i]) for i in range(len(values))], lambda i: values[i].mean())
+    """'mean [low, high]' over runs, by bootstrap; fewer than 5 get no interval."""
+    return in_brackets(values.mean(), interval_of_runs(values) if len(values) >= 5 else ())
+
+
+def interval_of_runs(values):
+    """The 95 % interval of a mean over runs, by bootstrap over them (seed 0)."""
+    singles = [np.array([i]) for i in range(len(values))]
+    return bounds(bootstrap(singles, lambda i: values[i].mean()))
 
 
 def follows_table(runs):

@@ -263,26 +263,29 @@ def test_a_sweep_gives_its_damages_and_their_correlations(tmp_path):
 
 def test_runs_of_before_do_not_hide_those_measured_on_their_way(tmp_path):
     """A kept run without unit norm and way stands beside six that have them."""
-    before = made_up(three(task=(50.0, 20.0, 40.0)), degrade="nf4")
+    before = made_up(three(science_phrasing=(50.0, 20.0, 40.0)), degrade="nf4")
     for kinds in [kinds for level in before["cka"].values() for kinds in level.values()]:
         kinds.pop("unit_debiased", None)
     put(tmp_path, "default/0-0", before)
     assert claims.TABLES["within"](tmp_path) == claims.TABLES["follows"](tmp_path) == ""
     for n in range(6):
-        results = made_up(three(task=(50.0, 20.0, 40.0), perplexity=(10.0, 20.0, 12.0)),
-                          degrade=f"int{2 + n}")
+        results = made_up(three(science_phrasing=(50.0, 20.0, 40.0),
+                                perplexity=(10.0, 20.0, 12.0)), degrade=f"int{2 + n}")
         kinds = {kind: [0.9, 0.9] for kind in KINDS}
         for level in results["cka"].values():
             level["degraded"] = level["recovered"] = kinds
         along = [{"step": k, "part": None, "seconds": 1.0, "values": {
-                      "task": 20.0 + k, "perplexity": 20.0 - k},
+                      "science_phrasing": 20.0 + k, "perplexity": 20.0 - k},
                   "items": {}, "kl": {}, "cka": {level: {
                       kind: [0.9 + k / 100, 0.9 + k / 100] for kind in kinds}
                       for level in results["cka"]}} for k in range(1, 9)]
         put(tmp_path, f"along/{n}-0", results | {"along": {"recovered": along}})
     within, follows = (claims.TABLES[name](tmp_path) for name in ("within", "follows"))
-    assert "| samples | unit, debiased | last | task | 6 | 1.00 [1.00, 1.00] |" in within
-    assert "| recoveries | samples | last | task | 6 | 1.00 | 1.00 | 0.00 [0.00, 0.00] |" in follows
+    assert "| samples | unit, debiased | last | science_phrasing | 6 | 1.00 [1.00, 1.00] |" in within
+    both = "| recoveries | samples | last | science_phrasing | 6 | 1.00 | 1.00 | 0.00 [0.00, 0.00] |"
+    assert both in follows
+    assert ("| yes | SmolLM2 1.00 [1.00, 1.00], 1.00 [1.00, 1.00] (n = 6) | SmolLM2: yes, yes |"
+            in claims.claims(tmp_path, ""))
     assert "nf4" not in within + follows and "int7" in within  # what they stand on
     pyplot = evaluate.find_pyplot()
     figure = pictures.along(pyplot, claims.read_all(tmp_path, "along"))

@@ -282,17 +282,26 @@ def paper(experiment, task, metric):
 
 
 def with_mean(runs):
-    """The runs; where all of the general tests were measured, with their mean as one more, which is
-    better or worse if more of them are the one than the other."""
-    sign = {"better": 1, "worse": -1}
+    """The runs; where all of the general tests were measured, with their mean as one more."""
     for results in runs:
         if all(metric in results["stages"]["healthy"] for metric in GENERAL):
             for values in results["stages"].values():
                 values["general_mean"] = sum(values[m] for m in GENERAL) / len(GENERAL)
-            for changes in results["change"].values():
-                total = sum(sign.get(changes[m], 0) for m in GENERAL)
-                changes["general_mean"] = "better" if total > 0 else "worse" if total else "same"
+            for stage, changes in results["change"].items():
+                changes["general_mean"] = change_of_mean(results["items"], stage)
     return runs
+
+
+def change_of_mean(items, stage):
+    """`evaluate.change` of the general tests' mean from the degraded model to this stage: "better",
+    "worse" or "same", by two paired standard errors."""
+    mean, square = 0.0, 0.0
+    for metric in GENERAL:
+        now, before = (np.array(list(items[s][metric]), float) for s in (stage, "degraded"))
+        mean += (now - before).mean() / len(GENERAL)
+        square += (now - before).var(ddof=1) / len(now) / len(GENERAL) ** 2
+    noise = 2 * square ** 0.5
+    return "better" if mean > noise else "worse" if mean < -noise else "same"
 
 
 FORGETTING = [  # stage, where, its name, the paper's Tooluse, Science, CKA (Sci), CKA (Tool)
@@ -401,15 +410,16 @@ def runs_table(folder, make, experiments, only=None):
     return made + "\n\n" + paragraph(provenance([results.values()])) if made else ""
 
 
-def has_a_way(results):
-    """Whether a recovery of this run was measured on its way."""
-    return bool(results["along"])
+def on_science(results):
+    """Whether a recovery of this run was measured on its way, and CKA over science."""
+    return bool(results["along"]) and results["config"]["data"].startswith("science")
 
 
 def has_unit_norm(results):
-    """Whether this run compared tokens of unit norm, too."""
-    return any("unit_debiased" in kinds for stages in results["cka"].values()
-               for kinds in stages.values())
+    """Whether this run compared tokens of unit norm, too, and of science."""
+    there = any("unit_debiased" in kinds for stages in results["cka"].values()
+                for kinds in stages.values())
+    return there and results["config"]["data"].startswith("science")
 
 
 def sweep_performance(runs):
@@ -446,7 +456,7 @@ TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     "baselines": baselines_table, "settings": settings_table,
     **per_model("sweep", sweep_performance, "sweep"),
     **per_model("correlations", tables.correlation_table, "sweep"),
-    **per_model("within", tables.within_table, *RECOVERIES, only=has_a_way),
+    **per_model("within", tables.within_table, *RECOVERIES, only=on_science),
     **per_model("follows", tables.follows_table, "sweep", *RECOVERIES, only=has_unit_norm),
     **per_model("fair-answer", fronts.answers_table, *FAIR),
     **per_model("fair", fronts.gains_table, *FAIR),
@@ -492,11 +502,18 @@ def small_claim(folder):
             metric = "science_phrasing"
             here.append(f"{model} {value(direct, metric, 'healthy')}, direct "
                         f"{value(direct, metric)}, two-stage {value(staged, metric)}")
-            one, two = (np.mean([r["stages"]["recovered"][metric] for r in runs])
+            one, two = (np.array([r["stages"]["recovered"][metric] for r in runs])
                         for runs in (direct, staged))
-            better = two > one
-            verdicts.append(f"{model}: two stages are {'' if better else 'not '}better than one")
+            lead, noise = two.mean() - one.mean(), 2 * np.hypot(*map(standard_error, (one, two)))
+            word = "better than" if lead > noise else "worse than"
+            word = word if abs(lead) > noise else "within noise of"
+            verdicts.append(f"{model}: two stages are {word} one")
     return ("; ".join(here), "; ".join(verdicts)) if here else ()
+
+
+def standard_error(values):
+    """Of a mean; infinite for one value."""
+    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.inf
 
 
 def rising_claim(folder):
@@ -526,17 +543,19 @@ def within_claim(folder):
     here, verdicts = [], []
     for model, suffix in MODELS.items():
         runs = read_all(folder, *(experiment + suffix for experiment in RECOVERIES))
-        ways = tables.ways([run for run in runs if has_a_way(run[-1])])
-        if len(ways) < 5:
+        ways = tables.ways([run for run in runs if on_science(run[-1])])
+        if not ways:
             continue
         told, words = [], []
         for level in ("samples", "tokens"):
-            r = tables.r_of_ways(ways, level, "linear_debiased", "last", "science_phrasing")
-            low, high = tables.interval_of_runs(r)
-            told.append(tables.in_brackets(r.mean(), (low, high)))
+            r, members = tables.r_of_ways(ways, level, ["linear_debiased"], "last",
+                                          "science_phrasing")
+            found = tables.bootstrap(members, lambda i, r=r: r[i].mean())
+            low, high = tables.bounds(found) if len(members) >= 5 else (-1, 1)
+            told.append(tables.with_interval(members, lambda i, r=r: r[i].mean()))
             words.append("yes" if low > 0 else "no" if high < 0 else "undecided")
         here.append(f"{model} {', '.join(told)} (n = {len(ways)})")
-        verdicts.append(f"{model}: {words[0]}, {words[1]}")
+        verdicts.append(f"{model}: {', '.join(words)}")
     return ("; ".join(here), "; ".join(verdicts)) if here else ()
 
 

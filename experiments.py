@@ -20,7 +20,8 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
 import checkpoint
@@ -186,19 +187,27 @@ def run_experiment(name, seeds, further, best=False, jobs=1):
     """Make the runs that are not there yet, then print and draw what came of all of them."""
     folder = Path("runs", "".join([name, *further]).replace("/", "-"))
     runs, further = runs_of(name, further)
-    wanted = fronts.best_runs(folder) if best else range(len(runs))
+    wanted = fronts.best_runs(folder, len(runs)) if best else range(len(runs))
     if SMALL in runs[0]:
-        run("--degrade ffn30 --recover none --eval-limit 1", Path("runs/small"), [], keep=True)
-    wanted = [(f"{runs[number]} --seed {seed}", folder / f"{number}-{seed}")
+        small = "--degrade ffn30 --recover none --eval-limit 1"
+        all_done([partial(run, small, Path(SMALL).parent, [], keep=True)], jobs)
+    all_done([partial(run, f"{runs[number]} --seed {seed}", folder / f"{number}-{seed}", further,
+                      jobs=jobs)
               for seed in seeds for number in wanted
-              if seed == seeds[0] or depends_on_seed(runs[number])]
+              if seed == seeds[0] or depends_on_seed(runs[number])], jobs)
+    report([folder], str(folder))
+
+
+def all_done(calls, jobs):
+    """Call all of these, so many at once. After a Ctrl-C, or one that fails, none begins any more;
+    what has begun ends, or saves itself."""
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for made in [pool.submit(run, *one, further, jobs=jobs) for one in wanted]:
-                made.result()
-        finally:  # of a Ctrl-C, or after a run that failed: what has begun ends, or saves itself
+            made, _ = wait(map(pool.submit, calls), return_when=FIRST_EXCEPTION)
+        finally:
             pool.shutdown(cancel_futures=True)
-    report([folder], str(folder))
+    for one in made:
+        one.result()
 
 
 def depends_on_seed(options):
@@ -223,7 +232,7 @@ def runs_of(name, further):
 def run(options, out, further, keep=False, jobs=1):
     """One run of train.py, unless it is done, one of so many at once, which share the cores; its
     students are deleted but for keep."""
-    if (out / "results.json").exists():
+    if (out / "results.json").exists() and (not keep or (out / "student").exists()):
         return
     if "BASE" in options:
         options = options.replace("BASE", str(checkpoint.default_model()))

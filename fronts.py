@@ -3,10 +3,12 @@ could do before?
 
 Each recovery gives points: its end, the checkpoints on its way (--measure-every), the weights
 between start and end (--interpolate). A point's gain is that of the trained task's accuracy over
-the model that training began with; its retention, the change of the other accuracies against the
-healthy model, their mean. A method is a run's options but for learning rate and seed; its points
-are averaged over seeds. What is chosen (a learning rate, which points lie on a method's front) is
-chosen on the even items of each test, and what is reported is read on the odd ones.
+the model that training began with; its retention, the mean change of the other accuracies against
+the healthy model. A method is a run's options but for learning rate and seed.
+
+Half of each test's items choose: a method's learning rate, and which of its points lie on its
+front. What is reported is read on the other half. Neighbours of a test ask about one thing, so that
+blocks of items are what is chosen with, scored with, and drawn; and with them seeds are drawn.
 """
 import re
 from dataclasses import dataclass
@@ -17,24 +19,31 @@ import tables
 import train
 
 SHARES = 0.25, 0.5, 0.75  # of the best gain: where retention is read
-CHOSEN, SCORED = slice(0, None, 2), slice(1, None, 2)
+BLOCK = 8                 # items
+CHOSEN, SCORED = 0, 1     # the even blocks, the odd ones
+SDFT, SFT = "sdft", "--recover sft"
 
 
 @dataclass
 class Point:
-    """A model that some method made, its items averaged over seeds."""
+    """A model that some method made, of each of some seeds."""
 
     method: str
     rate: float       # --lr, or --lr-fraction
     step: int
     part: float       # of the way from start to end; 1 for a model as it was trained
-    seeds: int
-    seconds: float
-    items: dict       # accuracy -> [n], 0 to 1
+    ended: bool       # whether the guard ended the training, of any seed
+    seconds: float    # of training up to here, the mean over seeds
+    items: dict       # accuracy -> [seeds, n], 0 or 1
     healthy: dict     # the same of the healthy model
     start: dict       # and of the model that training began with
-    kl: dict          # text -> KL(healthy || model), nats per token
+    kl: dict          # text -> KL(healthy || model), nats per token, the mean over seeds
     start_kl: dict    # the same of the model that training began with
+
+    @property
+    def seeds(self):
+        """How many."""
+        return len(next(iter(self.items.values())))
 
 
 # ---------------------------------------------------------------------------------------- Points
@@ -50,7 +59,7 @@ def scenes(runs):
             for point in points_of(stage, results):
                 key = point.method, point.rate, point.step, point.part
                 scene.setdefault(key, []).append(point)
-    return {key: shortened(list(map(averaged, scene.values()))) for key, scene in found.items()}
+    return {key: shortened(list(map(joined, scene.values()))) for key, scene in found.items()}
 
 
 def shortened(points):
@@ -58,7 +67,7 @@ def shortened(points):
     options = {p.method: re.split(" (?=--)", p.method) for p in points}
     shared = set.intersection(*map(set, options.values())) if len(options) > 1 else set()
     for p in points:
-        p.method = " ".join(o for o in options[p.method] if o not in shared) or "sdft"
+        p.method = " ".join(o for o in options[p.method] if o not in shared) or SDFT
     return points
 
 
@@ -67,6 +76,7 @@ def points_of(stage, results):
     and those between its start and its end."""
     config, items, kl = results["config"], results["items"], results["kl"]
     rate, own = config["lr"] or config["lr_fraction"], method_of(config, stage)
+    ended = bool(results.get("guard", {}).get(stage, {}).get("ended"))
     before = [accuracies(items[name]) for name in ("healthy", "degraded")]
     at_start = {text: of_stage.get("degraded", 0.0) for text, of_stage in kl.items()}
     end = {"step": config["steps"], "part": None, "items": items[stage],
@@ -76,7 +86,7 @@ def points_of(stage, results):
     found = []
     for p in [*(tables.measured_on_the_way(results, stage) or [end]), *between]:
         name, part = (own, 1.0) if p["part"] is None else (f"{own} --interpolate", p["part"])
-        found.append(Point(name.strip(), rate, p["step"], part, 1, p["seconds"],
+        found.append(Point(name.strip(), rate, p["step"], part, ended, p["seconds"],
                            accuracies(p["items"]), *before, p["kl"], at_start))
     return found
 
@@ -95,24 +105,25 @@ def method_of(config, stage="recovered"):
 
 
 def accuracies(items):
-    """{metric: [n] of 0 and 1}, without the perplexities.
+    """{metric: [1, n] of 0 and 1}, without the perplexities.
 
     >>> accuracies({"task": "011", "perplexity": "2.7 2.5"})
-    {'task': array([0., 1., 1.])}
+    {'task': array([[0., 1., 1.]])}
     """
-    return {metric: np.array([float(c) for c in text]) for metric, text in items.items()
-            if not metric.startswith("perplexity")}
+    return {metric: np.array([[float(c) for c in text]]) for metric, text in items.items()
+            if not metric.startswith("perplexity") and len(text) > 1}
 
 
-def averaged(points):
+def joined(points):
     """One Point of those of several seeds."""
-    def mean(dictionaries):
-        return {key: np.mean([d[key] for d in dictionaries], 0) for key in dictionaries[0]}
+    def together(name, how):
+        dictionaries = [getattr(p, name) for p in points]
+        return {key: how([d[key] for d in dictionaries]) for key in dictionaries[0]}
     p = points[0]
-    return Point(p.method, p.rate, p.step, p.part, len(points),
+    return Point(p.method, p.rate, p.step, p.part, any(q.ended for q in points),
                  float(np.mean([q.seconds for q in points])),
-                 *(mean([getattr(q, name) for q in points])
-                   for name in ("items", "healthy", "start", "kl", "start_kl")))
+                 *(together(name, np.concatenate) for name in ("items", "healthy", "start")),
+                 *(together(name, np.mean) for name in ("kl", "start_kl")))
 
 
 # ----------------------------------------------------------------------------- Gain and retention
@@ -129,43 +140,54 @@ def retained(point, data):
 
 
 def weights_of(point, part, samples=0):
-    """{metric: [n, 1 + samples]}: how much each item of a part counts, all alike in the first
-    column, and as often as it is drawn, with replacement, in the others (seed 0)."""
-    rng, found = np.random.default_rng(0), {}
+    """({metric: [n, 1 + samples]}, [seeds, 1 + samples]): how much each item and each seed counts,
+    each column's sum 1. In the first column all items of the part count alike; in the others its
+    blocks, and the seeds, as often as they are drawn, with replacement (seed 0)."""
+    rng, items = np.random.default_rng(0), {}
     for metric, values in point.items.items():
-        n = len(values[part])
-        draws = rng.multinomial(n, np.full(n, 1 / n), size=samples)
-        found[metric] = np.vstack([np.ones((1, n)), draws]).T / n
-    return found
+        block = np.arange(values.shape[1]) // max(1, min(BLOCK, values.shape[1] // 2))
+        mine = np.flatnonzero(block % 2 == part)
+        counts = drawn(rng, block[mine] // 2, samples)
+        items[metric] = np.zeros((len(block), 1 + samples))
+        items[metric][mine] = counts / counts.sum(0)
+    return items, drawn(rng, np.arange(point.seeds), samples) / point.seeds
 
 
-def change(items, before, metrics, part, weights):
-    """Points of accuracy, the mean over metrics, from one model's items to another's, by weights:
-    [columns].
+def drawn(rng, group, samples):
+    """[n, 1 + samples]: 1, then how often each one's group is drawn, of groups 0, 1, …"""
+    n = group.max() + 1
+    draws = rng.multinomial(n, np.full(n, 1 / n), size=samples)
+    return np.vstack([np.ones(n), draws]).T[group]
 
-    >>> once = {"a": np.full((2, 1), 0.5)}
-    >>> change({"a": np.array([1, 0, 1, 1])}, {"a": np.zeros(4)}, ["a"], SCORED, once)
+
+def change(items, before, metrics, weights):
+    """Points of accuracy, the mean over metrics, from one model's items to another's: [columns] of
+    the weights.
+
+    >>> once = {"a": np.full((2, 1), 0.5)}, np.ones((1, 1))
+    >>> change({"a": np.array([[1, 1]])}, {"a": np.array([[0, 1]])}, ["a"], once)
     array([50.])
     """
-    found = [100 * (items[m][part] - before[m][part]) @ weights[m] for m in metrics]
+    of_items, of_seeds = weights
+    found = [100 * ((items[m] - before[m]) @ of_items[m] * of_seeds).sum(0) for m in metrics]
     return np.mean(found, 0)
 
 
 def gain(point, data, part):
     """What the trained task gained over the start, on this part of the items."""
-    metrics, weights = trained(point, data), weights_of(point, part)
-    return float(change(point.items, point.start, metrics, part, weights)[0])
+    once = weights_of(point, part)
+    return float(change(point.items, point.start, trained(point, data), once)[0])
 
 
 def retention(point, data, part):
     """The mean change of the other accuracies against the healthy model."""
-    metrics, weights = retained(point, data), weights_of(point, part)
-    return float(change(point.items, point.healthy, metrics, part, weights)[0])
+    once = weights_of(point, part)
+    return float(change(point.items, point.healthy, retained(point, data), once)[0])
 
 
 def front(points, data):
-    """The points that no other of their method beats in both gain and retention, on the items that
-    choose; without those that gained nothing."""
+    """The points that no other of these beats in both gain and retention, on the items that choose;
+    without those that gained nothing."""
     scored = [(gain(p, data, CHOSEN), retention(p, data, CHOSEN), p) for p in points]
     found, best = [], -np.inf
     for gained, kept, p in sorted(scored, key=lambda x: (-x[0], -x[1])):
@@ -173,6 +195,25 @@ def front(points, data):
             found.append(p)
             best = kept
     return found[::-1]
+
+
+def at_chosen_rate(points, data, wanted):
+    """A method's points at one learning rate: of those of the most seeds the one that retains most
+    at the wanted gain, or where none gets there, that gains most, on the items that choose; none
+    whose training the guard ended. [] where there is no such rate."""
+    rates = {}
+    for p in points:
+        rates.setdefault(p.rate, []).append(p)
+    sound = [found for found in rates.values() if not any(p.ended for p in found)]
+    most = max((found[0].seeds for found in sound), default=0)
+
+    def merit(found):
+        """(retention at the wanted gain, the greatest gain); the first -inf beyond the front."""
+        line, gains = front(found, data), [gain(p, data, CHOSEN) for p in found]
+        others, once = retained(found[0], data), weights_of(found[0], CHOSEN)
+        kept = retained_at(line, data, wanted, others, once)[0] if line else np.nan
+        return -np.inf if np.isnan(kept) else kept, max(gains)
+    return max((f for f in sound if f[0].seeds == most), key=merit, default=[])
 
 
 def read(gains, values, wanted):
@@ -187,13 +228,13 @@ def read(gains, values, wanted):
 
 
 def retained_at(points, data, wanted, metrics, weights):
-    """Retention (of these metrics) of a front at a wanted gain, on the items that score: [columns].
-    A front begins at (0, what the start retains)."""
+    """Retention (of these metrics) of a front at a wanted gain: [columns] of the weights. A front
+    begins at (0, what the start retains)."""
     first, mine = points[0], trained(points[0], data)
-    x = [change(p.items, p.start, mine, SCORED, weights) for p in points]
-    y = [change(p.items, p.healthy, metrics, SCORED, weights) for p in points]
+    x = [change(p.items, p.start, mine, weights) for p in points]
+    y = [change(p.items, p.healthy, metrics, weights) for p in points]
     x.append(np.zeros_like(x[0]))
-    y.append(change(first.start, first.healthy, metrics, SCORED, weights))
+    y.append(change(first.start, first.healthy, metrics, weights))
     return np.array([read(*xy, wanted) for xy in zip(np.array(x).T, np.array(y).T)])
 
 
@@ -203,15 +244,42 @@ def kl_at(points, data, wanted, text):
     return read(gains, [points[0].start_kl[text], *(p.kl[text] for p in points)], wanted)
 
 
+def after(points, data, seconds):
+    """(gain, retention) after so many seconds of training, between a way's points in time."""
+    way = sorted((p.seconds, gain(p, data, SCORED), retention(p, data, SCORED)) for p in points)
+    once, first = weights_of(points[0], SCORED), points[0]
+    kept = change(first.start, first.healthy, retained(first, data), once)[0]
+    x, *ys = np.array([(0.0, 0.0, kept), *way]).T
+    return [float(np.interp(seconds, x, y)) for y in ys]
+
+
+# ------------------------------------------------------------------------------------- The question
+
+def lines_of(points, data):
+    """{method: the front of its points at its chosen learning rate}, of methods that gain anything;
+    the rate is chosen at half of the best gain of any method."""
+    methods = {m: [p for p in points if p.method == m] for m in dict.fromkeys(
+        p.method for p in points)}
+    best = max((gain(p, data, CHOSEN) for p in points if not p.ended), default=0.0)
+    found = {m: front(at_chosen_rate(mine, data, best / 2), data) for m, mine in methods.items()}
+    return {method: line for method, line in found.items() if line}
+
+
+def best_gain(lines, data):
+    """The greatest gain of any method, on the items that score."""
+    return max(gain(p, data, SCORED) for line in lines.values() for p in line)
+
+
 def difference(one, other, data, wanted, samples=1000):
     """(a - b, low, high): retention of two fronts at a wanted gain, with the 95 % interval of a
-    paired bootstrap over test items; () where one does not get there.
-
-    A draw in which one falls short of that gain is left out.
-    """
+    bootstrap over blocks of items and over seeds, both drawn alike for the two; () where one of
+    them does not get there, or in more than one draw of forty does not."""
+    shapes = [{m: x.shape for m, x in points[0].items.items()} for points in (one, other)]
+    if shapes[0] != shapes[1]:  # of other seeds
+        return ()
     weights, metrics = weights_of(one[0], SCORED, samples), retained(one[0], data)
     a, b = (retained_at(points, data, wanted, metrics, weights) for points in (one, other))
-    if np.isnan(a[0] - b[0]):
+    if np.isnan(a[0] - b[0]) or np.isnan(a - b).mean() > 0.025:
         return ()
     return float(a[0] - b[0]), *tables.bounds(list((a - b)[1:]))
 
@@ -227,27 +295,31 @@ def told(found):
 
 
 def answer(points, data):
-    """(SDFT's retention less SFT's, where both have half of the best gain of any method, as text;
-    which of them keeps more, by whether the interval is off 0): the question of RESULTS.md, and the
-    rule that was written down there before the first run."""
-    found = fronts_of(points, data)
-    best = max(gain(p, data, SCORED) for line in found.values() for p in line) if found else 0
-    both = [found.get(method) for method in ("sdft", "--recover sft")]
-    apart = difference(*both, data, best / 2) if all(both) else ()
-    if not apart:
+    """(SDFT's retention less SFT's at half of the best gain, as text; which of them keeps more, by
+    whether the interval is off 0): the question of RESULTS.md, and the rule that was written down
+    there before the first run."""
+    lines = lines_of(points, data)
+    if not {SDFT, SFT} <= set(lines):
+        return "", "not known: both must be there, and gain"
+    found = difference(lines[SDFT], lines[SFT], data, best_gain(lines, data) / 2)
+    if not found:
         return "", "not known: one of them does not gain so much"
-    _, low, high = apart
+    _, low, high = found
     word = "SDFT keeps more" if low > 0 else "SFT keeps more" if high < 0 else "not decided"
-    return told(apart), word
+    return told(found), word
 
 
 # ------------------------------------------------------------------------------------------ Tables
 
-def fronts_of(points, data):
-    """{method: its front}, of methods that gained anything."""
-    methods = dict.fromkeys(p.method for p in points)
-    found = {m: front([p for p in points if p.method == m], data) for m in methods}
-    return {method: points for method, points in found.items() if points}
+def answers_table(runs):
+    """The answer to the question, a row for each task and damage. '' where nothing is retained."""
+    rows = ["| trained on | from | seeds | retention, SDFT less SFT, at half of the best gain | "
+            "answer |", "|---|---|---|---|---|"]
+    for (data, damage), points in scenes(runs).items():
+        if retained(points[0], data):
+            seeds = str(max(p.seeds for p in points))
+            rows.append("| " + " | ".join([data, damage, seeds, *answer(points, data)]) + " |")
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
 def reference(methods):
@@ -263,45 +335,36 @@ def reference(methods):
 def gains_table(runs):
     """Retention at equal gain: a table for each task and damage, a row for each method and share of
     the best gain of all methods."""
-    lines = []
+    text = []
     for (data, damage), points in scenes(runs).items():
-        found = fronts_of(points, data) if retained(points[0], data) else {}
-        if found:
+        lines = lines_of(points, data) if retained(points[0], data) else {}
+        if lines:
             origin = "the healthy model" if damage == "none" else f"`{damage}`"
-            lines += ["", f"Trained on {data}, from {origin}: {len(points)} points of "
-                      f"{len(found)} methods.", "", *gain_rows(found, data)]
-    return "\n".join(lines).lstrip()
+            text += ["", f"Trained on {data}, from {origin}: {len(points)} points of "
+                     f"{len({p.method for p in points})} methods.", "", *gain_rows(lines, data)]
+    return "\n".join(text).lstrip()
 
 
-def answers_table(runs):
-    """The answer to the question, a row for each task and damage. '' where nothing is retained."""
-    lines = ["| trained on | from | retention, SDFT less SFT, at half of the best gain | answer |",
-             "|---|---|---|---|"]
-    for (data, damage), points in scenes(runs).items():
-        if retained(points[0], data):
-            lines.append("| " + " | ".join([data, damage, *answer(points, data)]) + " |")
-    return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def gain_rows(found, data):
+def gain_rows(lines, data):
     """One table of `gains_table`."""
-    base, first = reference(found), next(iter(found.values()))[0]
-    best = max(gain(p, data, SCORED) for points in found.values() for p in points)
-    others, once = retained(first, data), weights_of(first, SCORED)
-    header = ["method", "at a gain of", "retention", f"less that of `{base}`", *others,
-              *(f"KL, {text}" for text in first.kl), "points on the front"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    base, first = reference(lines), next(iter(lines.values()))[0]
+    others, once = retained(first, data), {
+        method: weights_of(line[0], SCORED) for method, line in lines.items()}
+    header = ["method", "rate", "seeds", "at a gain of", "retention", f"less that of `{base}`",
+              *others, *(f"KL, {text}" for text in first.kl)]
+    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for share in SHARES:
-        for method, points in found.items():
-            at = share * best
-            each = [retained_at(points, data, at, metrics, once)[0]
+        at = share * best_gain(lines, data)
+        for method, line in lines.items():
+            each = [retained_at(line, data, at, metrics, once[method])[0]
                     for metrics in (others, *([m] for m in others))]
-            kl = [kl_at(points, data, at, text) for text in first.kl]
-            apart = () if method == base else difference(points, found[base], data, at)
-            cells = [f"`{method}`", f"{at:.1f} ({share:.0%})", shown(each[0]), told(apart),
-                     *map(shown, each[1:]), *(shown(x, 3) for x in kl), str(len(points))]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            kl = [kl_at(line, data, at, text) for text in first.kl]
+            apart = () if method == base else difference(line, lines[base], data, at)
+            cells = [f"`{method}`", f"{line[0].rate:.1e}", str(line[0].seeds),
+                     f"{at:.1f} ({share:.0%})", shown(each[0]), told(apart),
+                     *map(shown, each[1:]), *(shown(x, 3) for x in kl)]
+            rows.append("| " + " | ".join(cells) + " |")
+    return rows
 
 
 def shown(value, digits=1):
@@ -312,40 +375,43 @@ def shown(value, digits=1):
 
 
 def tuned_table(runs):
-    """Each method at the learning rate of the best gain on the items that choose, at its last
-    step."""
-    lines = ["| trained on | from | method | rate | gain | retention | KL | seconds | seeds |",
-             "|" + "---|" * 9]
+    """Each method at its chosen learning rate: at its last step, and in as many seconds of training
+    as the fastest method took for all of its steps."""
+    rows = ["| trained on | from | method | rate | seeds | gain | retention | KL | seconds | in | "
+            "gain | retention |", "|" + "---|" * 12]
     for (data, damage), points in scenes(runs).items():
-        ends = [p for p in points if p.part == 1 and p.step == last_step(points, p.method)]
-        for method in dict.fromkeys(p.method for p in ends):
-            p = max((p for p in ends if p.method == method),
-                    key=lambda p: gain(p, data, CHOSEN))
-            kl = next(iter(p.kl.values()), np.nan)
-            cells = [data, damage, f"`{method}`", f"{p.rate:.1e}",
-                     shown(gain(p, data, SCORED)), shown(retention(p, data, SCORED)), shown(kl, 3),
-                     f"{p.seconds:.0f}", str(p.seeds)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+        best = max((gain(p, data, CHOSEN) for p in points if not p.ended), default=0.0)
+        ways = {}
+        for method in dict.fromkeys(p.method for p in points if p.part == 1):
+            mine = [p for p in points if p.method == method]
+            ways[method] = at_chosen_rate(mine, data, best / 2)
+        ends = {m: max(way, key=lambda p: p.step) for m, way in ways.items() if way}
+        seconds = min((p.seconds for p in ends.values()), default=0.0)
+        for method, p in ends.items():
+            cells = [data, damage, f"`{method}`", f"{p.rate:.1e}", str(p.seeds),
+                     shown(gain(p, data, SCORED)), shown(retention(p, data, SCORED)),
+                     shown(next(iter(p.kl.values()), np.nan), 3), f"{p.seconds:.0f}",
+                     f"{seconds:.0f} s", *map(shown, after(ways[method], data, seconds))]
+            rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
-def best_runs(folder):
-    """Numbers of the runs folder/NUMBER-0 of each method whose learning rate gained most at its
-    end, on the items that choose. ValueError where there are none."""
-    found = {}
+def best_runs(folder, n):
+    """Numbers of the runs folder/NUMBER-0, NUMBER < n, of each method the one at its chosen
+    learning rate. ValueError unless all of them are done."""
+    found, points = {}, []
     for file in sorted(folder.glob("*-0/results.json")):
-        results = tables.read_results(file)
-        ends = [p for p in points_of("recovered", results) if p.part == 1]
-        last = max(ends, key=lambda p: p.step)
-        mine = gain(last, results["config"]["data"], CHOSEN), int(file.parent.name.split("-")[0])
-        found[last.method] = max(found.get(last.method, mine), mine)
-    if not found:
-        raise ValueError(f"{folder}: --best chooses by the runs of seed 0, and none is done")
-    return sorted(number for _, number in found.values())
-
-
-def last_step(points, method):
-    return max(p.step for p in points if p.method == method)
+        results, number = tables.read_results(file), int(file.parent.name.split("-")[0])
+        data = results["config"]["data"]
+        for point in points_of("recovered", results):
+            found[point.method, point.rate] = number
+            points.append(point)
+    done = set(found.values())
+    if done != set(range(n)):
+        raise ValueError(f"{folder}: --best chooses by the runs of seed 0, and {len(done)} of {n} "
+                         "are done")
+    lines = lines_of(points, data)
+    return sorted({found[method, line[0].rate] for method, line in lines.items()})
 
 
 # ----------------------------------------------------------------------------------------- Picture
@@ -356,10 +422,10 @@ def draw(pyplot, runs):
     figure, axes = pyplot.subplots(max(1, len(found)), 2, layout="constrained", squeeze=False,
                                    figsize=(14, 5.5 * max(1, len(found))))
     for pair, ((data, damage), points) in zip(axes, found.items()):
-        fronts = fronts_of(points, data)
+        lines = lines_of(points, data)
         for i, method in enumerate(dict.fromkeys(p.method for p in points)):
             mine = [p for p in points if p.method == method]
-            draw_method(pair, mine, fronts.get(method, []), data, f"C{i}", method)
+            draw_method(pair, mine, lines.get(method, []), data, f"C{i}", method)
         pair[0].set(title=f"{data}, from {damage}", xlabel="gain on the task, points",
                     ylabel="change of what is retained, points")
         pair[1].set(xlabel="gain on the task, points", ylabel="KL(healthy || student), nats")

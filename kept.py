@@ -155,19 +155,36 @@ def provenance(used):
         e = results["environment"]
         cores = f", {e['threads']} core" + "s" * (e["threads"] > 1)
         cores = "" if "NVIDIA" in e["processor"] else cores
-        where = f"{e['model']} on {e['processor'].removeprefix('NVIDIA ')}{cores}"
+        where = (f"{e['model']} on {e['processor'].removeprefix('NVIDIA ')}{cores}, "
+                 f"{results['config']['dtype']}")
         groups.setdefault(where, []).append(results)
     return " ".join(f"{where}: {made_by(runs)}." for where, runs in groups.items())
 
 
 def made_by(runs):
     """Commands, commits, seeds and minutes of runs, in words."""
+    seeds = {}
+    for r in runs:
+        seeds.setdefault(command_of(r["config"]), set()).add(r["config"]["seed"])
     commits = sorted({commit_of(r) for r in runs})
-    seeds = sorted({r["config"]["seed"] for r in runs})
     minutes = [sum(r["seconds"].values()) / 60 for r in runs]
     spent = " to ".join(dict.fromkeys(f"{f(minutes):.1f}" for f in (min, max)))
-    return (f"{commands([command_of(r['config']) for r in runs])}; commit{plural(commits)}; "
-            f"seed{plural(seeds)}; {spent} minutes a run")
+    return (f"{commands(list(seeds))}; commit{plural(commits)}; {told_seeds(seeds)}; "
+            f"{spent} minutes a run")
+
+
+def told_seeds(seeds):
+    """Of {command: its seeds}, in words.
+
+    >>> told_seeds({"a": {0, 1, 2}, "b": {0, 1, 2}}), told_seeds({"a": {0, 1, 2}, "b": {0}})
+    ('seeds 0, 1, 2', 'seed 0, of 1 of 2 also 1, 2')
+    """
+    every, found = set.intersection(*seeds.values()), set.union(*seeds.values())
+    if not every or every == found:
+        return "seed" + plural(sorted(found))
+    more = sum(s > every for s in seeds.values())
+    also = ", ".join(map(str, sorted(found - every)))
+    return f"seed{plural(sorted(every))}, of {more} of {len(seeds)} also {also}"
 
 
 def plural(found):
@@ -190,9 +207,11 @@ def commands(found):
     split = [command.split(" --")[1:] for command in dict.fromkeys(found)]
     shared = [option for option in split[0] if all(option in options for options in split)]
     shown = f"`{' --'.join(['python train.py', *shared])}`"
-    own = [" ".join(f"--{option}" for option in options if option not in shared)
-           for options in split]
-    if len(own) > 1:
+    split = [[f"--{option}" for option in options if option not in shared] for options in split]
+    own, words = list(map(" ".join, split)), dict.fromkeys(itertools.chain(*split))
+    if len(own) > 2 * len(words) > 0:
+        shown += f" with {len(own)} combinations of " + ", ".join(f"`{word}`" for word in words)
+    elif len(own) > 1:
         shown += " as it is or" if "" in own else ""
         shown += " with " + " or ".join(f"`{options}`" for options in own if options)
     return shown
@@ -271,6 +290,8 @@ def verdict(runs, metric, stage="recovered"):
     healthy, degraded, now = (sum(r["stages"][s][metric] for r in runs) / len(runs)
                               for s in ("healthy", "degraded", stage))
     sign = -1 if metric.startswith("perplexity") else 1
+    if sign * (now - degraded) <= 0:
+        return "within noise"
     if sign * (now - healthy) >= 0:
         return "better than healthy" if sign < 0 else "above healthy"
     won, lost = (f"{abs(x - degraded):.{2 if sign < 0 else 1}f}" for x in (now, healthy))

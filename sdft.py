@@ -209,13 +209,14 @@ def counted(answers, skip):
     return torch.tensor(places, dtype=torch.bool)
 
 
-def sft(model, batches, *, anchor=None, anchor_weight=0.0, micro_batch=16, stop=None, share=list,
-        score=score, **optimization):
+def sft(model, batches, *, answer=None, anchor=None, anchor_weight=0.0, micro_batch=16, stop=None,
+        share=list, score=score, **optimization):
     """Plain supervised fine-tuning, in place: cross-entropy on the experts' answers to the bare
-    prompts. With an anchor_weight, that times KL(anchor || model) of the same tokens is added, both
-    seeing the bare prompt. The other arguments are those of `recover`."""
+    prompts, or on answer(batch), lists of ids. With an anchor_weight, that times KL(anchor ||
+    model) of the same tokens is added, both seeing the bare prompt. The other arguments are those
+    of `recover`."""
     for batch, update in steps(model, batches, **optimization):
-        answers = [p.answer for p in batch]
+        answers = answer(batch) if answer else [p.answer for p in batch]
         tokens = sum(map(len, answers))
         line = {"loss": 0.0, "tokens": tokens}
         for prompts, ys in micro_batches(share(batch), share(answers), micro_batch):

@@ -1,4 +1,4 @@
-"""Many runs' results.json as tables and pictures: reading them, means and errors over seeds, CKA
+"""Many runs' results.json as tables: reading them, means and errors over seeds, CKA
 against performance (§5.4), between damages and on the way of a recovery."""
 import dataclasses
 import itertools
@@ -409,10 +409,11 @@ def bounds(found):
 # --------------------------------------------------- CKA on the way of a recovery (--measure-every)
 
 def ways(runs):
-    """Each recovery as the points on its way, [[(performance, CKA), …], …]; those of 4 points or
-    more."""
-    found = [[point for _, *point in way_of(stage, results)] for _, stage, results in runs]
-    return [way for way in found if len(way) >= 4]
+    """[(damage, way), …] of each recovery with 4 points or more; a way: its points, [(performance,
+    CKA), …]."""
+    found = [(evaluate.damage_of(results["config"]),
+              [point for _, *point in way_of(stage, results)]) for _, stage, results in runs]
+    return [(damage, way) for damage, way in found if len(way) >= 4]
 
 
 def way_of(stage, results):
@@ -444,43 +445,36 @@ def way_r(way, level, kind, layers, metric):
 
 def within_table(runs):
     """Pearson's r of CKA with each metric along a recovery's way: the mean over recoveries, and
-    its bootstrap interval over them. '' where none was measured on its way."""
+    its bootstrap interval over damages. '' where none was measured on its way."""
     found = ways(runs)
     if not found:
         return ""
     lines = ["| on the way, CKA over | kind | layers | metric | recoveries | Pearson r |",
              "|" + "---|" * 6]
     for level, layers, metric in combinations_of(found):
-        for kind in common_kinds([x for way in found for _, x in way], level):
-            r = r_of_ways(found, level, kind, layers, metric)
+        for kind in common_kinds([x for _, way in found for _, x in way], level):
+            r, members = r_of_ways(found, level, [kind], layers, metric)
             if len(r):
-                cells = [level, kind.replace("_", ", "), layers, metric, len(r), mean_of_runs(r)]
+                told = with_interval(members, lambda i, r=r: r[i].mean())
+                cells = [level, kind.replace("_", ", "), layers, metric, len(r), told]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def combinations_of(found):
     """(level, layers, metric) of all that these ways have."""
-    metrics = [m for m in found[0][0][0]
-               if all(m in values for way in found for values, _ in way)]
+    metrics = [m for m in found[0][1][0][0]
+               if all(m in values for _, way in found for values, _ in way)]
     return itertools.product(("samples", "tokens"), LAYERS, metrics)
 
 
-def r_of_ways(found, level, kind, layers, metric):
-    """`way_r` of each, an array; without those along which one of the two does not vary."""
-    r = np.array([way_r(way, level, kind, layers, metric) for way in found])
-    return r[~np.isnan(r)]
-
-
-def mean_of_runs(values):
-    """'mean [low, high]' over runs, by bootstrap; fewer than 5 get no interval."""
-    return in_brackets(values.mean(), interval_of_runs(values) if len(values) >= 5 else ())
-
-
-def interval_of_runs(values):
-    """The 95 % interval of a mean over runs, by bootstrap over them (seed 0)."""
-    singles = [np.array([i]) for i in range(len(values))]
-    return bounds(bootstrap(singles, lambda i: values[i].mean()))
+def r_of_ways(found, level, kinds, layers, metric):
+    """(`way_r` of each way [n], of each kind [n, kinds] if there are several; the `members_of` its
+    damages); without those along which something does not vary."""
+    r = np.array([[way_r(way, level, kind, layers, metric) for kind in kinds] for _, way in found])
+    there = ~np.isnan(r).any(1)
+    members = members_of([damage for (damage, _), seen in zip(found, there) if seen])
+    return r[there].squeeze(1) if len(kinds) == 1 else r[there], members
 
 
 def follows_table(runs):
@@ -489,12 +483,13 @@ def follows_table(runs):
     where the unit norm was not measured."""
     lines = ["| | CKA over | layers | metric | n | r, plain | r, unit norm | difference | "
              "follows |", "|" + "---|" * 9]
-    found, chosen = ways(runs), points(runs, ("degraded",))
+    untaught = [run for run in runs if nobody_taught(run[1], run[2]["config"])]
+    found, chosen = ways(runs), points(untaught or runs, ("degraded",))  # each damage once
     for level, layers in itertools.product(("samples", "tokens"), LAYERS):
         likenesses = [likeness for _, _, likeness, _ in chosen]
         if len(chosen) >= 5 and "unit_debiased" in common_kinds(likenesses, level):
             lines += follows_between(chosen, level, layers)
-        likenesses = [x for way in found for _, x in way]
+        likenesses = [x for _, way in found for _, x in way]
         if found and "unit_debiased" in common_kinds(likenesses, level):
             lines += follows_within(found, level, layers)
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -526,14 +521,12 @@ def follows_within(found, level, layers):
     for of_level, of_layers, metric in combinations_of(found):
         if (of_level, of_layers) != (level, layers):
             continue
-        r = np.array([[way_r(way, level, kind, layers, metric) for way in found]
-                      for kind in ("linear_debiased", "unit_debiased")])
-        plain, unit = r[:, ~np.isnan(r).any(0)]
-        if len(plain):
-            members = [np.array([i]) for i in range(len(plain))]
-            told = verdict_on(members, lambda i, d=unit - plain: d[i].mean())
-            rows.append(f"| recoveries | {level} | {layers} | {metric} | {len(plain)} | "
-                        f"{plain.mean():.2f} | {unit.mean():.2f} | {told} |")
+        r, members = r_of_ways(found, level, ["linear_debiased", "unit_debiased"], layers, metric)
+        if len(r):
+            told = verdict_on(members, lambda i, d=r[:, 1] - r[:, 0]: d[i].mean())
+            plain, unit = r.mean(0)
+            rows.append(f"| recoveries | {level} | {layers} | {metric} | {len(r)} | "
+                        f"{plain:.2f} | {unit:.2f} | {told} |")
     return rows
 
 

@@ -1,7 +1,7 @@
 """Damage a language model, watch it get worse, let its healthy checkpoint teach it back.
 
     python train.py --degrade int4                  # SmolLM2-135M-Instruct, fetched once
-    python train.py --degrade ffn10,nf4 --model DIR # any GPT-2, Llama or Qwen2/2.5 folder
+    python train.py --degrade ffn10,nf4 --model DIR # a folder, a GGUF file or a name
 
 The story, top to bottom: `prepare` reads everything and finds a user's mistakes; `make_healthy` and
 `make_degraded` make and measure the two models of those names; `execute` then recovers the damaged
@@ -55,7 +55,7 @@ def option(default, help, **extra):
 class Config:
     """The whole configuration of a run; every field is a command-line option of the same name."""
 
-    model: str = option("", "Hugging Face folder of the healthy model (default: "
+    model: str = option("", "folder, GGUF file or name of the healthy model (default: "
                         "SmolLM2-135M-Instruct, fetched once)", group="run")
     data: str = option("science,text", "prompts to recover on: science, tooluse, text, or files "
                        "(.jsonl, text), by commas")
@@ -392,23 +392,20 @@ def settings_of(run, lesson, memory, log, stop):
 def learn(run, student, teacher, lesson, settings, generator):
     """The training itself, by sdft.py."""
     if lesson.how in ("sft", "own"):
-        batches = lesson.batches if lesson.how == "sft" else own_answers(run, teacher, lesson)
-        sdft.sft(student, batches, **settings)
+        own = partial(own_answers, run, teacher) if lesson.how == "own" else None
+        sdft.sft(student, lesson.batches, answer=own, **settings)
     else:
         rollout = rollout_of(run, generator) if lesson.how == "sdft" else None
         sdft.recover(student, teacher, lesson.batches, rollout, loss=sdft.LOSSES[lesson.loss],
                      backward=run.backward, **settings)
 
 
-def own_answers(run, teacher, lesson):
-    """A lesson's batches with the teacher's own greedy answers, the demonstration before it, in
-    place of the experts'."""
-    prompts = [p for batch in lesson.batches for p in batch]
-    found = parallel.gather(run.generate(
-        teacher, [p.teacher for p in parallel.share(prompts)], run.config.rollout_tokens, 0, 1.0,
+def own_answers(run, teacher, batch):
+    """The teacher's own greedy answers to a batch, the demonstration before it, made in shares on
+    all processes."""
+    return parallel.gather(run.generate(
+        teacher, [p.teacher for p in parallel.share(batch)], run.config.rollout_tokens, 0, 1.0,
         run.evaluation.tokenizer.eos_ids, batch_size=64))
-    answers = iter(found)
-    return [[p._replace(answer=next(answers)) for p in batch] for batch in lesson.batches]
 
 
 def ask_teacher(run, lesson):

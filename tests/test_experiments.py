@@ -40,7 +40,7 @@ def test_report_prints_tables_and_draws(folder, tmp_path, capsys):
     (["table2", "--seeds", "a"], "--seeds"), (["table2", "--jobs", "0"], "--jobs"),
     ([], "experiments"),
     (["table5", "--model", "x"], "its own small model"),
-    (["table1", "--best"], "--best"), (["fair", "--best"], "none is done")])
+    (["table1", "--best"], "--best"), (["fair", "--best"], "0 of 56 are done")])
 def test_a_mistake_is_one_clear_line_and_exit_code_2(argv, says, tmp_path, capsys):
     write(tmp_path / "RUNS" / "a", 0, 38.0)
     write(tmp_path / "UNTAUGHT" / "a", 0, 38.0)

@@ -12,13 +12,13 @@ import tables
 import train
 
 DEFAULTS = dataclasses.asdict(train.Config())
-N = 200
+N = 1600
 
 
 def first(percent):
-    """N items, the same share of the even and the odd ones right."""
-    right = ["1" if i < percent * N // 200 else "0" for i in range(N // 2)]
-    return "".join(a + a for a in right)
+    """N items, in pairs of blocks that are right or wrong: of both halves the same share."""
+    pair = 2 * fronts.BLOCK
+    return "1" * (percent * pair) + "0" * ((100 - percent) * pair)
 
 
 def items(task, other, more=80):
@@ -26,43 +26,62 @@ def items(task, other, more=80):
             "perplexity": "2.5 2.6"}
 
 
-def put(folder, name, end, along=(), seed=0, **options):
-    """A run: its end, and the points on its way, as (task, other) in percent; the start has none of
-    the task and 80 of the others."""
+def put(folder, name, end, along=(), seed=0, ended="", **options):
+    """A run: its end, and the points on its way, as (task, other) in percent, ten seconds a step of
+    ten; the start has none of the task and 80 of the others."""
     config = DEFAULTS | {"data": "tooluse", "degrade": "none", "steps": 40, "seed": seed} | options
     values = {"tooluse_request": 0.0, "blimp_all": 80.0, "perplexity": 12.0}
-    points = [{"step": 10 * (i + 1), "part": None, "seconds": 5.0, "values": values, "cka": {},
-               "items": items(*point), "kl": {"perplexity": point[0] / 100}}
+    points = [{"step": 10 * (i + 1), "part": None, "seconds": 10.0 * (i + 1), "values": values,
+               "cka": {}, "items": items(*point), "kl": {"perplexity": point[0] / 100}}
               for i, point in enumerate(along)]
     if along:  # the student that was left, under the step that was kept
-        points.append(points[0] | {"step": 40, "items": items(*end), "seconds": 20.0,
+        points.append(points[0] | {"step": 40, "items": items(*end), "seconds": 40.0,
                                    "kl": {"perplexity": end[0] / 100}})
     results = {
         "config": config, "stages": dict.fromkeys(("healthy", "degraded", "recovered"), values),
         "cka": {}, "kl": {"perplexity": {"recovered": end[0] / 100}},
         "items": {"healthy": items(0, 80), "degraded": items(0, 80), "recovered": items(*end)},
-        "along": {"recovered": points}, "seconds": {"recovered training": 30.0}}
+        "along": {"recovered": points}, "seconds": {"recovered training": 40.0},
+        "guard": {"recovered": {"ended": ended}}}
     (folder / f"{name}-{seed}.json").write_text(json.dumps(results))
 
 
 @pytest.fixture
 def runs(tmp_path):
     """sft loses half a point of one test for each point gained, sdft a quarter; each has a worse
-    point below its front; sdft ends at 40, sft at 80."""
+    point below its front; sdft ends at 40, sft at 80, or at 35 at a rate that retains less."""
     put(tmp_path, "0", (80, 40), [(40, 60), (20, 50)], recover="sft", lr_fraction=1e-3)
-    put(tmp_path, "1", (40, 60), [(20, 70)], recover="sft", lr_fraction=5e-4)
+    put(tmp_path, "1", (35, 50), [(20, 60)], recover="sft", lr_fraction=5e-4)
     put(tmp_path, "2", (40, 70), [(20, 75), (10, 60)])
     return tables.read_runs([tmp_path])
 
 
-def test_the_best_runs_are_of_each_method_the_one_that_gained_most_at_its_end(tmp_path):
-    for n, (end, options) in enumerate([
-            ((40, 60), {"recover": "sft", "lr_fraction": 5e-4}), ((60, 40), {"recover": "sft"}),
-            ((30, 70), {}), ((10, 80), {"lr_fraction": 1e-3})]):
-        put(tmp_path, str(n), end, [(70, 10)], **options)
-        (tmp_path / f"{n}-0").mkdir()
-        (tmp_path / f"{n}-0.json").rename(tmp_path / f"{n}-0" / "results.json")
-    assert fronts.best_runs(tmp_path) == [1, 2]
+def made(folder, number, *rest, **options):
+    """As `put`, where --best looks for it."""
+    put(folder, str(number), *rest, **options)
+    (folder / f"{number}-0").mkdir()
+    (folder / f"{number}-0.json").rename(folder / f"{number}-0" / "results.json")
+
+
+def test_a_rate_is_chosen_by_what_is_kept_at_half_of_the_best_gain(tmp_path):
+    """That is 40: the second rate keeps most there; the third, which keeps more at less, does not
+    get there, and the fourth was ended by the guard. sdft's only rate stands without a choice."""
+    made(tmp_path, 0, (80, 40), [(40, 50)], recover="sft", lr_fraction=4e-3)
+    made(tmp_path, 1, (60, 60), [(40, 70)], recover="sft", lr_fraction=2e-3)
+    made(tmp_path, 2, (20, 80), [(10, 80)], recover="sft", lr_fraction=1e-3)
+    made(tmp_path, 3, (80, 80), [(40, 80)], recover="sft", lr_fraction=8e-3, ended="step 9: …")
+    made(tmp_path, 4, (30, 70))
+    made(tmp_path, 5, (0, 80), loss="jsd")  # it gains nothing: no seed more
+    assert fronts.best_runs(tmp_path, 6) == [1, 4]
+    with pytest.raises(ValueError, match="6 of 7 are done"):
+        fronts.best_runs(tmp_path, 7)
+
+
+def test_of_rates_that_do_not_get_there_the_one_that_gains_most(tmp_path):
+    made(tmp_path, 0, (80, 40), recover="sft")
+    made(tmp_path, 1, (20, 70), lr_fraction=1e-3)
+    made(tmp_path, 2, (30, 50), lr_fraction=2e-3)
+    assert fronts.best_runs(tmp_path, 3) == [0, 2]
 
 
 def test_points_are_methods_rates_and_checkpoints(runs):
@@ -84,7 +103,8 @@ def test_weights_that_were_put_back_are_no_point(tmp_path):
         results["along"]["recovered"][-1]["step"] = kept
         file.write_text(json.dumps(results))
     (_, points), = fronts.scenes(tables.read_runs([tmp_path])).items()
-    assert sorted((p.rate, p.step, p.seconds) for p in points) == [(1e-10, 10, 5.0), (1, 10, 5.0)]
+    assert sorted((p.rate, p.step, p.seconds) for p in points) == [
+        (1e-10, 10, 10.0), (1, 10, 10.0)]
 
 
 def test_gain_is_the_tasks_and_retention_the_mean_of_the_others(runs):
@@ -95,19 +115,20 @@ def test_gain_is_the_tasks_and_retention_the_mean_of_the_others(runs):
         assert fronts.retention(end, "tooluse", part) == pytest.approx(-20)  # of -40 and 0
 
 
-def test_a_front_has_no_point_that_another_beats(runs):
+def test_a_line_is_one_rates_points_that_no_other_of_them_beats(runs):
     _, points = next(iter(fronts.scenes(runs).items()))
-    found = fronts.fronts_of(points, "tooluse")
+    found = fronts.lines_of(points, "tooluse")
     gains = {method: [round(fronts.gain(p, "tooluse", fronts.SCORED)) for p in line]
              for method, line in found.items()}
-    assert gains == {"--recover sft": [20, 40, 80], "sdft": [20, 40]}
+    assert gains == {"--recover sft": [40, 80], "sdft": [20, 40]}
+    assert {p.rate for p in found["--recover sft"]} == {1e-3}
 
 
 def test_retention_at_equal_gain_by_hand(runs):
     """At 20 points sft keeps -5, sdft -2.5; at 30, between its points, -7.5 and -3.75; sdft does
     not get to 60. The best gain is 80."""
     _, points = next(iter(fronts.scenes(runs).items()))
-    found, once = fronts.fronts_of(points, "tooluse"), fronts.weights_of(points[0], fronts.SCORED)
+    found, once = fronts.lines_of(points, "tooluse"), fronts.weights_of(points[0], fronts.SCORED)
     others = ["blimp_all", "arc_easy_all"]
     for wanted, sft, sdft in ((10, -2.5, -1.25), (20, -5, -2.5), (30, -7.5, -3.75)):
         for method, kept in (("--recover sft", sft), ("sdft", sdft)):
@@ -118,20 +139,52 @@ def test_retention_at_equal_gain_by_hand(runs):
         assert kl == pytest.approx(wanted / 100)
     table = fronts.gains_table(runs)
     assert "8 points of 2 methods" in table and "less that of `--recover sft`" in table
-    row = next(line for line in table.splitlines() if line.startswith("| `sdft` | 20.0 (25%) |"))
-    assert row.startswith("| `sdft` | 20.0 (25%) | -2.5 | +2.5 [")
-    assert row.endswith("| -5.0 | +0.0 | 0.200 | 2 |")
-    assert "| `sdft` | 60.0 (75%) | – |  | – | – | – | 2 |" in table
+    row = next(line for line in table.splitlines()
+               if line.startswith("| `sdft` | 5.2e-04 | 1 | 20.0 (25%) |"))
+    assert " | -2.5 | +2.5 [" in row and row.endswith("| -5.0 | +0.0 | 0.200 |")
+    assert "| `sdft` | 5.2e-04 | 1 | 60.0 (75%) | – |  | – | – | – |" in table
+
+
+def test_equal_seconds_by_hand(tmp_path):
+    """sft takes 20 s for 80 points, sdft has 40 of its 60 by then; both lose half as much."""
+    put(tmp_path, "0", (80, 40), recover="sft")
+    put(tmp_path, "1", (60, 50), [(30, 65), (40, 60)])
+    file = tmp_path / "0-0.json"
+    file.write_text(file.read_text().replace('"recovered training": 40.0',
+                                             '"recovered training": 20.0'))
+    table = fronts.tuned_table(tables.read_runs([tmp_path]))
+    rate = "| 5.2e-04 | 1 |"
+    assert f"| `--recover sft` {rate} +80.0 | -20.0 | 0.800 | 20 | 20 s | +80.0 | -20.0 |" in table
+    assert f"| `sdft` {rate} +60.0 | -15.0 | 0.600 | 40 | 20 s | +40.0 | -10.0 |" in table
 
 
 def test_the_interval_holds_the_difference_and_is_paired(runs):
-    """The same model against itself differs by nothing in every draw of the items."""
+    """The same model against itself differs by nothing in every draw; where a draw in forty falls
+    short of the gain there is none."""
     _, points = next(iter(fronts.scenes(runs).items()))
-    found = fronts.fronts_of(points, "tooluse")
+    found = fronts.lines_of(points, "tooluse")
     value, low, high = fronts.difference(found["sdft"], found["--recover sft"], "tooluse", 20)
     assert low < 2.5 < high and high - low < 10 and value == pytest.approx(2.5)
     same = fronts.difference(found["sdft"], found["sdft"], "tooluse", 20)
     assert fronts.told(same) == "+0.0 [+0.0, +0.0]"
+    assert fronts.difference(found["sdft"], found["--recover sft"], "tooluse", 40) == ()
+
+
+def test_an_interval_knows_of_the_seeds_and_of_blocks(tmp_path):
+    """One seed keeps all, one loses 40 of one test: over seeds and items the interval is far wider
+    than over the items of one; that over blocks of equals is wider than over items alone."""
+    for seed, kept in ((0, 80), (1, 40)):
+        put(tmp_path, "0", (40, 80), seed=seed, recover="sft")
+        put(tmp_path, "1", (60, kept), seed=seed)
+    (data, _), points = next(iter(fronts.scenes(tables.read_runs([tmp_path])).items()))
+    lines = fronts.lines_of(points, data)
+    assert {line[0].seeds for line in lines.values()} == {2}
+    _, low, high = fronts.difference(lines["sdft"], lines["--recover sft"], data, 30)
+    assert low < -8 and high == pytest.approx(0, abs=0.5)  # of 0 and -10, halved
+    items, seeds = fronts.weights_of(points[0], fronts.SCORED, 500)
+    drawn = (points[0].items["blimp_all"][0] @ items["blimp_all"])[1:]
+    assert drawn.std() == pytest.approx((0.8 * 0.2 / 100) ** 0.5, rel=0.1)  # of 100 blocks
+    assert seeds.sum(0).tolist() == [1.0] * 501 and seeds.shape == (2, 501)
 
 
 @pytest.mark.parametrize("kept, word", [(79, "SDFT keeps more"), (60, "not decided"),
@@ -139,37 +192,46 @@ def test_the_interval_holds_the_difference_and_is_paired(runs):
 def test_the_question_is_answered_by_its_rule(kept, word, tmp_path):
     """At 40, half of the best gain, sft keeps 60 of 80; the other test is untouched."""
     put(tmp_path, "0", (80, 40), [(40, 60), (20, 60)], recover="sft")
-    put(tmp_path, "1", (40, kept), [(20, kept), (10, kept)])
+    put(tmp_path, "1", (60, kept - 5), [(40, kept), (10, kept - 9)])
     ((data, _), points), = fronts.scenes(tables.read_runs([tmp_path])).items()
     apart, found = fronts.answer(points, data)
     assert found == word and apart.startswith(f"{(kept - 60) / 2:+.1f} [")
-    assert f"| tooluse | none | {apart} | {word} |" in fronts.answers_table(
+    assert f"| tooluse | none | 1 | {apart} | {word} |" in fronts.answers_table(
         tables.read_runs([tmp_path]))
     put(tmp_path, "1", (30, kept), [(20, kept), (10, kept)])
     (_, points), = fronts.scenes(tables.read_runs([tmp_path])).items()
-    assert fronts.answer(points, data)[1].startswith("not known")
+    assert fronts.answer(points, data)[1] == "not known: one of them does not gain so much"
+    put(tmp_path, "1", (30, kept), loss="jsd")
+    (_, points), = fronts.scenes(tables.read_runs([tmp_path])).items()
+    assert fronts.answer(points, data)[1] == "not known: both must be there, and gain"
 
 
-def test_a_rate_is_chosen_on_the_even_items_and_scored_on_the_odd(tmp_path):
+def test_a_rate_is_chosen_on_the_even_blocks_and_scored_on_the_odd(tmp_path):
     """The higher rate is right on the even ones alone, the lower on the odd ones alone: the higher
     is chosen, and gained nothing."""
+    block = fronts.BLOCK
     for n, (rate, even) in enumerate(((1e-3, True), (5e-4, False))):
         put(tmp_path, str(n), (50, 80), recover="sft", lr_fraction=rate)
         file = tmp_path / f"{n}-0.json"
         results = json.loads(file.read_text())
-        results["items"]["recovered"]["tooluse_request"] = ("10" if even else "01") * (N // 2)
+        pair = "1" * block + "0" * block if even else "0" * block + "1" * block
+        results["items"]["recovered"]["tooluse_request"] = pair * (N // 2 // block)
         file.write_text(json.dumps(results))
     table = fronts.tuned_table(tables.read_runs([tmp_path]))
-    assert "| tooluse | none | `--recover sft --steps 40` | 1.0e-03 | +0.0 |" in table
+    assert "| tooluse | none | `--recover sft --steps 40` | 1.0e-03 | 1 | +0.0 |" in table
 
 
-def test_seeds_are_averaged_item_by_item(tmp_path):
-    put(tmp_path, "0", (40, 80), seed=0)
-    put(tmp_path, "0", (80, 60), seed=1)
+def test_of_several_seeds_the_rate_with_the_most_is_read(tmp_path):
+    """The other's one seed was lucky."""
+    for seed, end in ((0, (40, 80)), (1, (80, 60))):
+        put(tmp_path, "0", end, seed=seed)
+    put(tmp_path, "1", (90, 80), lr_fraction=1e-3)
     (_, points), = fronts.scenes(tables.read_runs([tmp_path])).items()
-    point, = points
+    (line,) = fronts.lines_of(points, "tooluse").values()
+    point, = line
     assert point.seeds == 2 and fronts.gain(point, "tooluse", fronts.SCORED) == pytest.approx(60)
-    assert sorted(set(point.items["tooluse_request"])) == [0.0, 0.5, 1.0]
+    assert point.items["tooluse_request"].mean(1).tolist() == [0.4, 0.8]
+    assert "| tooluse | none | 2 |" in fronts.answers_table(tables.read_runs([tmp_path]))
 
 
 def test_interpolated_weights_are_a_method_of_their_own(tmp_path):
@@ -185,7 +247,7 @@ def test_interpolated_weights_are_a_method_of_their_own(tmp_path):
 def test_a_picture_of_all_points_and_old_files_give_nothing(runs, tmp_path):
     pyplot = evaluate.find_pyplot()
     figure = fronts.draw(pyplot, runs)
-    assert len(figure.axes) == 2 and len(figure.axes[0].lines) == 4  # points and front, of two
+    assert len(figure.axes) == 2 and len(figure.axes[0].lines) == 4  # points and line, of two
     pyplot.close(figure)
     for *_, results in runs:
         results["items"] = {}

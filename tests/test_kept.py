@@ -22,7 +22,7 @@ GENERAL = dict.fromkeys(claims.GENERAL, (50.0, 47.0, 49.0))
 
 def made_up(stages, levels=("tokens", "samples", "tooluse samples"), change="better", **options):
     """A run's results. stages: {stage: {metric: value}}; of every stage CKA is 0.9."""
-    config = DEFAULTS | {"degrade": "nf4"} | options
+    config = DEFAULTS | {"degrade": "nf4", "dtype": "bfloat16"} | options
     found = [stage for stage in stages if stage.startswith("recovered")]
     cka = {stage: {kind: [1.0, 0.9] for kind in KINDS} for stage in stages if stage != "healthy"}
     guard = {"watch": "loss", "steps": 25, "kept": 25, "ended": "", "seconds": 1.0,
@@ -182,16 +182,18 @@ def test_provenance_names_command_commit_machine_seeds_and_minutes():
     runs = [made_up(three(task=(50.0, 20.0, 40.0)), seed=seed) for seed in (0, 2)]
     runs[1]["seconds"]["healthy"] = 60.0
     assert kept.provenance([runs]) == (
-        "/some/where/model on CPU, 2 cores: `python train.py --degrade nf4`; commit 0123456; seeds "
-        "0, 2; 1.5 to 2.0 minutes a run.")
+        "/some/where/model on CPU, 2 cores, bfloat16: `python train.py --degrade nf4`; commit "
+        "0123456; seeds 0, 2; 1.5 to 2.0 minutes a run.")
 
 
 # ---------------------------------------------------------------------------- what is still to come
 
 def test_tables_2_and_3_stand_beside_the_papers_numbers(tmp_path):
     metrics = three(science_phrasing=(28.0, 5.0, 40.0), perplexity=(15.0, 20.0, 17.0), **GENERAL)
+    items = {stage: {m: "1" * round(v[m]) + "0" * (100 - round(v[m])) for m in GENERAL}
+             for stage, v in metrics.items()}
     for seed in range(3):
-        put(tmp_path, f"table2-qwen/0-{seed}", made_up(metrics, seed=seed))
+        put(tmp_path, f"table2-qwen/0-{seed}", made_up(metrics, seed=seed) | {"items": items})
     table = claims.TABLES["table2"](tmp_path)
     paper = "3B 31.8 → 30.4 → 45.4; 7B 33.9 → 33.0 → 52.3"
     assert ("| Qwen, science | science_phrasing % | 28.0 | 5.0 | 40.0 | 3 | above healthy | "
@@ -205,6 +207,24 @@ def test_tables_2_and_3_stand_beside_the_papers_numbers(tmp_path):
     assert f"| NF4, science (Table 2) | {paper} | Qwen 28.0 → 5.0 → 40.0 | above healthy |" in (
         claims.claims(tmp_path, row))
     assert row in claims.claims(tmp_path / "none", row)
+
+
+@pytest.mark.parametrize("now, word", [
+    ((60, 50, 50), "better"), ((51, 50, 50), "same"), ((60, 44, 46), "same"),
+    ((55, 40, 45), "worse")])
+def test_the_general_mean_is_better_by_its_items_not_by_a_count_of_tests(now, word):
+    """One test better and two worse may be no better on the whole."""
+    items = {stage: dict(zip(GENERAL, ("1" * n + "0" * (100 - n) for n in right)))
+             for stage, right in (("degraded", (50, 50, 50)), ("recovered", now))}
+    assert claims.change_of_mean(items, "recovered") == word
+
+
+def test_a_mean_that_fell_is_no_recovery_whatever_most_seeds_say():
+    """Two seeds are better by a little, one is worse by a lot."""
+    runs = [made_up(three(task=(50.0, 38.0, now)), change=word)
+            for now, word in ((40.0, "better"), (40.0, "better"), (8.0, "worse"))]
+    assert kept.verdict(runs, "task") == "within noise"
+    assert kept.verdict(runs[:2], "task") == "recovers: 2.0 of 12.0 lost"
 
 
 def test_table_1_has_every_stage_of_both_runs(tmp_path):
@@ -221,7 +241,7 @@ def test_table_1_has_every_stage_of_both_runs(tmp_path):
     assert table.count("| SmolLM2, ") == 8 and "65.0, 37.9, .977, .939" in table
     assert ("| SmolLM2, + recovery, t = expert | 60.0 | 25.0 | 20.0 | 15.00 | 0.900 | 0.900 | "
             "0.900 | 1 | recovers: 15.0 of 30.0 lost |") in table
-    assert "--forget tooluse" in table and "with `--demo none`" in table
+    assert "--forget tooluse" in table and "with `--demo none`" in table.replace("\n", " ")
     found = claims.claims(tmp_path, "")
     assert "| SmolLM2 40.0 → 10.0 → 25.0 (n = 1) | recovers: 15.0 of 30.0 lost |" in found
 

@@ -162,7 +162,8 @@ def test_within_recoveries_r_is_that_of_each_runs_own_points(tmp_path):
     for i in range(6):
         on_the_way(tmp_path / str(i), i, rises=i < 3)
     runs = tables.read_runs([tmp_path])
-    assert all(len(way) == 6 for way in tables.ways(runs))
+    assert [damage for damage, _ in tables.ways(runs)] == [f"int{2 + i}" for i in range(6)]
+    assert all(len(way) == 6 for _, way in tables.ways(runs))
     table = tables.within_table(runs)
     for metric in ("task", "perplexity"):  # minus its logarithm, a line, too
         assert f"| samples | unit, debiased | last | {metric} | 6 | 1.00 [1.00, 1.00] |" in table

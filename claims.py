@@ -416,17 +416,21 @@ def on_science(results):
 
 
 def has_unit_norm(results):
-    """Whether this run compared tokens of unit norm, too, and of science."""
+    """Whether this run compared rows of unit norm, too, of science, and is one of a sweep or one
+    that was measured on its way."""
+    config = results["config"]
     there = any("unit_debiased" in kinds for stages in results["cka"].values()
                 for kinds in stages.values())
-    return there and results["config"]["data"].startswith("science")
+    return there and (config["recover"] == "none" or on_science(results))
 
 
 def sweep_performance(runs):
-    """The damages of a sweep: performance and CKA, a row a damage."""
+    """The damages of a sweep: performance and CKA, a row a damage, the mildest first."""
     rows = {}
-    for _, _, results in runs:
-        rows.setdefault(evaluate.damage_of(results["config"]), []).append(results)
+    for _, _, results in sorted(runs, key=lambda run: run[-1]["stages"]["degraded"]["perplexity"]):
+        alone = results["config"] | {"model": "", "recover": "sdft", "eval_limit": 0}
+        damage = command_of(alone).removeprefix("python train.py --degrade ")
+        rows.setdefault(damage, []).append(results)
     metrics = list(runs[0][2]["stages"]["healthy"])
     header = ["damage", *map(evaluate.metric_title, metrics), "CKA, samples", "CKA, tokens", "n"]
     lines = [row(header), "|" + "---|" * len(header)]

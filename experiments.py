@@ -70,7 +70,7 @@ EXPERIMENTS = {  # name -> options of each run, made with every seed
     "teachers": [f"--degrade none --data science,tooluse --demo {demo} --teacher-check 150 "
                  "--steps 1 --eval-limit 4" for demo in ("turn", "quote")],
     "along": [f"--degrade {damage} --measure-every 3 --eval-limit 150"
-              for damage in ("int4", "nf4", "ffn10", "wanda50")],
+              for damage in ("int4", "nf4", "ffn10", "wanda50", "magnitude30")],
     "fair": [f"--degrade none --data tooluse --eval science,instructions {run}" for run in FAIR],
     "fair_damaged": [f"--degrade nf4 --data tooluse --eval science,instructions {run}"
                      for run in FAIR],

@@ -521,15 +521,19 @@ def standard_error(values):
 
 
 def rising_claim(folder):
-    """How many recoveries that brought perplexity back raised CKA in the last layer."""
-    found = []
+    """How many recoveries that brought perplexity back raised CKA in the last layer; one that was
+    made twice, to be measured otherwise, counts once."""
+    found = {}
     for experiment in RECOVERIES:
         for suffix in MODELS.values():
             for _, stage, results in read_all(folder, experiment + suffix):
+                config = results["config"] | {"eval_limit": 0, "cka_samples": 64}
                 if results["change"].get(stage, {}).get("perplexity") == "better":
-                    found.append((stage, results))
+                    which = suffix, tables.name_of(config | {"model": ""}), config["seed"], stage
+                    found.setdefault(which, (stage, results))
     if not found:
         return ()
+    found = list(found.values())
     rose = []
     for level in ("tokens", "samples"):
         cka = [results["cka"][level] for _, results in found]

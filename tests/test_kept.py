@@ -313,3 +313,11 @@ def test_runs_of_before_do_not_hide_those_measured_on_their_way(tmp_path):
     assert above.lines[0].get_xydata()[1:].tolist() == [[k, 20 + k] for k in range(1, 9)]
     assert len(below.lines) == 4 and below.lines[0].get_ydata()[-1] == pytest.approx(0.98)
     pyplot.close(figure)
+
+
+def test_a_recovery_that_was_made_twice_counts_once(tmp_path):
+    metrics = three(science_phrasing=(50.0, 20.0, 40.0), perplexity=(10.0, 20.0, 12.0))
+    put(tmp_path, "default/0-0", made_up(metrics))
+    for seed in range(2):
+        put(tmp_path, f"along/0-{seed}", made_up(metrics, eval_limit=150, seed=seed))
+    assert claims.rising_claim(tmp_path)[0].endswith("of 2 recoveries")

@@ -506,18 +506,23 @@ def small_claim(folder):
             metric = "science_phrasing"
             here.append(f"{model} {value(direct, metric, 'healthy')}, direct "
                         f"{value(direct, metric)}, two-stage {value(staged, metric)}")
-            one, two = (np.array([r["stages"]["recovered"][metric] for r in runs])
-                        for runs in (direct, staged))
-            lead, noise = two.mean() - one.mean(), 2 * np.hypot(*map(standard_error, (one, two)))
+            lead, noise = lead_of(*([np.array(list(r["items"]["recovered"][metric]), float)
+                                     for r in runs] for runs in (staged, direct)))
             word = "better than" if lead > noise else "worse than"
             word = word if abs(lead) > noise else "within noise of"
             verdicts.append(f"{model}: two stages are {word} one")
     return ("; ".join(here), "; ".join(verdicts)) if here else ()
 
 
-def standard_error(values):
-    """Of a mean; infinite for one value."""
-    return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.inf
+def lead_of(one, other):
+    """(mean of one less that of the other, two of its standard errors): items [n] of each seed of
+    both; the error of the items, which are paired, and that of the seeds, which are not."""
+    difference = np.mean(one, 0) - np.mean(other, 0)
+    squares = [difference.var(ddof=1) / len(difference)]
+    for runs in (one, other):
+        means = np.mean(runs, 1)
+        squares.append(means.var(ddof=1) / len(means) if len(means) > 1 else 0.0)
+    return difference.mean(), 2 * sum(squares) ** 0.5
 
 
 def rising_claim(folder):
@@ -527,9 +532,12 @@ def rising_claim(folder):
     for experiment in RECOVERIES:
         for suffix in MODELS.values():
             for _, stage, results in read_all(folder, experiment + suffix):
-                config = results["config"] | {"eval_limit": 0, "cka_samples": 64}
+                config = results["config"] | {"eval_limit": 0, "cka_samples": 64, "model": ""}
+                how = [w for w in config["recover"].split(",") if w in stage.split("_")]
+                config["recover"] = (how or [config["recover"]])[0]
+                teacher = stage.removeprefix("recovered").replace("_" + config["recover"], "")
                 if results["change"].get(stage, {}).get("perplexity") == "better":
-                    which = suffix, tables.name_of(config | {"model": ""}), config["seed"], stage
+                    which = suffix, tables.name_of(config), config["seed"], teacher
                     found.setdefault(which, (stage, results))
     if not found:
         return ()
@@ -552,18 +560,19 @@ def within_claim(folder):
     for model, suffix in MODELS.items():
         runs = read_all(folder, *(experiment + suffix for experiment in RECOVERIES))
         ways = tables.ways([run for run in runs if on_science(run[-1])])
-        if not ways:
-            continue
         told, words = [], []
-        for level in ("samples", "tokens"):
+        for level in ("samples", "tokens") if ways else ():
             r, members = tables.r_of_ways(ways, level, ["linear_debiased"], "last",
                                           "science_phrasing")
+            if not len(r):
+                continue
             found = tables.bootstrap(members, lambda i, r=r: r[i].mean())
             low, high = tables.bounds(found) if len(members) >= 5 else (-1, 1)
             told.append(tables.with_interval(members, lambda i, r=r: r[i].mean()))
             words.append("yes" if low > 0 else "no" if high < 0 else "undecided")
-        here.append(f"{model} {', '.join(told)} (n = {len(ways)})")
-        verdicts.append(f"{model}: {', '.join(words)}")
+        if told:
+            here.append(f"{model} {', '.join(told)} (n = {len(r)})")
+            verdicts.append(f"{model}: {', '.join(words)}")
     return ("; ".join(here), "; ".join(verdicts)) if here else ()
 
 
@@ -580,8 +589,9 @@ def order_claim(folder):
                 y = np.array([tables.more_is_better(v, metric) for _, v, _, _ in chosen])
                 r.append(tables.spearman(x, y))
             here.append(f"{model}: Spearman {r[0]:.2f} with perplexity, {r[1]:.2f} with accuracy")
-            low.append(min(r))
-    return ("; ".join(here), "yes" if min(low) > 0.5 else "in part") if here else ()
+            low += r
+    word = here and ("yes" if min(low) > 0.5 else "no" if max(low) <= 0 else "in part")
+    return ("; ".join(here), word) if here else ()
 
 
 def fair_claim(folder):
@@ -589,7 +599,7 @@ def fair_claim(folder):
     here, verdicts = [], []
     for model, suffix in MODELS.items():
         for (data, _), points in fronts.scenes(read_all(folder, "fair" + suffix)).items():
-            apart, word = fronts.answer(points, data)
+            _, apart, word = fronts.answer(points, data)
             here.append(f"{model} {apart or '–'}")
             verdicts.append(f"{model}: {word}")
     return ("; ".join(here) + " points", "; ".join(verdicts)) if here else ()

@@ -120,7 +120,7 @@ def parse_experiments(argv):
     parser.add_argument("experiments", nargs="+", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=seeds_of, default=SEEDS, help="by commas [0,1,2]")
     parser.add_argument("--best", action="store_true", help="of fair…, whose first seed is done: "
-                        "of each method the run whose learning rate gained most")
+                        "of each method the run at its chosen learning rate")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once [1]; two on two cores "
                         "take four fifths of the time of one after the other")
     asked, further = parser.parse_known_args(argv)

@@ -6,10 +6,11 @@ between start and end (--interpolate). A point's gain is that of the trained tas
 the model that training began with; its retention, the mean change of the other accuracies against
 the healthy model. A method is a run's options but for learning rate and seed.
 
-Half of each test's items choose: a method's learning rate, and which of its points lie on its
-front. What is reported is read on the other half. Neighbours of a test ask about one thing, so that
-blocks of items are what is chosen with, scored with, and drawn; and with them seeds are drawn.
+Half of each test's items choose: by the first seed a method's learning rate, and which of its
+points lie on its front. What is reported is read on the other half. Neighbours of a test ask about
+one thing, so that blocks of items are what is chosen with, scored with, and drawn.
 """
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ SHARES = 0.25, 0.5, 0.75  # of the best gain: where retention is read
 BLOCK = 8                 # items
 CHOSEN, SCORED = 0, 1     # the even blocks, the odd ones
 SDFT, SFT = "sdft", "--recover sft"
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # seeds -> Student's t, 97.5 %, of one less
 
 
 @dataclass
@@ -32,18 +34,14 @@ class Point:
     rate: float       # --lr, or --lr-fraction
     step: int
     part: float       # of the way from start to end; 1 for a model as it was trained
-    ended: bool       # whether the guard ended the training, of any seed
+    seeds: tuple      # their numbers
+    ended: tuple      # whether the guard ended the training of each
     seconds: float    # of training up to here, the mean over seeds
     items: dict       # accuracy -> [seeds, n], 0 or 1
     healthy: dict     # the same of the healthy model
     start: dict       # and of the model that training began with
     kl: dict          # text -> KL(healthy || model), nats per token, the mean over seeds
     start_kl: dict    # the same of the model that training began with
-
-    @property
-    def seeds(self):
-        """How many."""
-        return len(next(iter(self.items.values())))
 
 
 # ---------------------------------------------------------------------------------------- Points
@@ -66,6 +64,7 @@ def shortened(points):
     """The same points, their methods named without the options that all of them have."""
     options = {p.method: re.split(" (?=--)", p.method) for p in points}
     shared = set.intersection(*map(set, options.values())) if len(options) > 1 else set()
+    shared = {o for o in shared if not o.startswith("--recover")}
     for p in points:
         p.method = " ".join(o for o in options[p.method] if o not in shared) or SDFT
     return points
@@ -86,8 +85,8 @@ def points_of(stage, results):
     found = []
     for p in [*(tables.measured_on_the_way(results, stage) or [end]), *between]:
         name, part = (own, 1.0) if p["part"] is None else (f"{own} --interpolate", p["part"])
-        found.append(Point(name.strip(), rate, p["step"], part, ended, p["seconds"],
-                           accuracies(p["items"]), *before, p["kl"], at_start))
+        found.append(Point(name.strip(), rate, p["step"], part, (config["seed"],), (ended,),
+                           p["seconds"], accuracies(p["items"]), *before, p["kl"], at_start))
     return found
 
 
@@ -116,14 +115,24 @@ def accuracies(items):
 
 def joined(points):
     """One Point of those of several seeds."""
-    def together(name, how):
-        dictionaries = [getattr(p, name) for p in points]
-        return {key: how([d[key] for d in dictionaries]) for key in dictionaries[0]}
+    points = sorted(points, key=lambda p: p.seeds)
     p = points[0]
-    return Point(p.method, p.rate, p.step, p.part, any(q.ended for q in points),
-                 float(np.mean([q.seconds for q in points])),
+
+    def together(name, how):
+        """{key: how(this of all points)}."""
+        dictionaries = [getattr(q, name) for q in points]
+        return {key: how([d[key] for d in dictionaries]) for key in dictionaries[0]}
+    return Point(p.method, p.rate, p.step, p.part, sum((q.seeds for q in points), ()),
+                 sum((q.ended for q in points), ()), float(np.mean([q.seconds for q in points])),
                  *(together(name, np.concatenate) for name in ("items", "healthy", "start")),
                  *(together(name, np.mean) for name in ("kl", "start_kl")))
+
+
+def of_first_seed(p):
+    """The same of its first seed alone."""
+    first = {name: {m: x[:1] for m, x in getattr(p, name).items()}
+             for name in ("items", "healthy", "start")}
+    return dataclasses.replace(p, seeds=p.seeds[:1], ended=p.ended[:1], **first)
 
 
 # ----------------------------------------------------------------------------- Gain and retention
@@ -140,24 +149,19 @@ def retained(point, data):
 
 
 def weights_of(point, part, samples=0):
-    """({metric: [n, 1 + samples]}, [seeds, 1 + samples]): how much each item and each seed counts,
-    each column's sum 1. In the first column all items of the part count alike; in the others its
-    blocks, and the seeds, as often as they are drawn, with replacement (seed 0)."""
-    rng, items = np.random.default_rng(0), {}
+    """({metric: [n, 1 + samples]}, [seeds, 1]): how much each item and each seed counts, each
+    column's sum 1. In the first column all items of the part count alike; in the others its blocks
+    as often as they are drawn, with replacement (seed 0)."""
+    rng, found, seeds = np.random.default_rng(0), {}, len(point.seeds)
     for metric, values in point.items.items():
         block = np.arange(values.shape[1]) // max(1, min(BLOCK, values.shape[1] // 2))
         mine = np.flatnonzero(block % 2 == part)
-        counts = drawn(rng, block[mine] // 2, samples)
-        items[metric] = np.zeros((len(block), 1 + samples))
-        items[metric][mine] = counts / counts.sum(0)
-    return items, drawn(rng, np.arange(point.seeds), samples) / point.seeds
-
-
-def drawn(rng, group, samples):
-    """[n, 1 + samples]: 1, then how often each one's group is drawn, of groups 0, 1, …"""
-    n = group.max() + 1
-    draws = rng.multinomial(n, np.full(n, 1 / n), size=samples)
-    return np.vstack([np.ones(n), draws]).T[group]
+        n = len(set(block[mine]))
+        draws = rng.multinomial(n, np.full(n, 1 / n), size=samples)
+        counts = np.vstack([np.ones(n), draws]).T[block[mine] // 2]
+        found[metric] = np.zeros((len(block), 1 + samples))
+        found[metric][mine] = counts / counts.sum(0)
+    return found, np.full((seeds, 1), 1 / seeds)
 
 
 def change(items, before, metrics, weights):
@@ -198,22 +202,23 @@ def front(points, data):
 
 
 def at_chosen_rate(points, data, wanted):
-    """A method's points at one learning rate: of those of the most seeds the one that retains most
-    at the wanted gain, or where none gets there, that gains most, on the items that choose; none
-    whose training the guard ended. [] where there is no such rate."""
+    """A method's points at one learning rate: that which retains most at the wanted gain, or where
+    none gets there, that gains most, by the first seed on the items that choose; none whose
+    training the guard ended at that seed. [] where there is no such rate."""
     rates = {}
     for p in points:
         rates.setdefault(p.rate, []).append(p)
-    sound = [found for found in rates.values() if not any(p.ended for p in found)]
-    most = max((found[0].seeds for found in sound), default=0)
 
     def merit(found):
-        """(retention at the wanted gain, the greatest gain); the first -inf beyond the front."""
+        """(retention at the wanted gain, -inf beyond the front; the greatest gain)."""
+        found = list(map(of_first_seed, found))
         line, gains = front(found, data), [gain(p, data, CHOSEN) for p in found]
         others, once = retained(found[0], data), weights_of(found[0], CHOSEN)
         kept = retained_at(line, data, wanted, others, once)[0] if line else np.nan
         return -np.inf if np.isnan(kept) else kept, max(gains)
-    return max((f for f in sound if f[0].seeds == most), key=merit, default=[])
+    found = max((f for f in rates.values() if not f[0].ended[0]), key=merit, default=[])
+    most = max((p.seeds for p in found), key=len, default=())
+    return [p for p in found if p.seeds == most]  # without the late ones where a seed ended early
 
 
 def read(gains, values, wanted):
@@ -255,13 +260,19 @@ def after(points, data, seconds):
 
 # ------------------------------------------------------------------------------------- The question
 
+def chosen(points, data):
+    """{method: its points at its chosen rate}: chosen at half of the best gain of all."""
+    first = [gain(of_first_seed(p), data, CHOSEN) for p in points if not p.ended[0]]
+    found = {}
+    for method in dict.fromkeys(p.method for p in points):
+        mine = [p for p in points if p.method == method]
+        found[method] = at_chosen_rate(mine, data, max(first, default=0.0) / 2)
+    return {method: way for method, way in found.items() if way}
+
+
 def lines_of(points, data):
-    """{method: the front of its points at its chosen learning rate}, of methods that gain anything;
-    the rate is chosen at half of the best gain of any method."""
-    methods = {m: [p for p in points if p.method == m] for m in dict.fromkeys(
-        p.method for p in points)}
-    best = max((gain(p, data, CHOSEN) for p in points if not p.ended), default=0.0)
-    found = {m: front(at_chosen_rate(mine, data, best / 2), data) for m, mine in methods.items()}
+    """{method: the front of its points at its chosen rate}, of methods that gain anything."""
+    found = {method: front(way, data) for method, way in chosen(points, data).items()}
     return {method: line for method, line in found.items() if line}
 
 
@@ -271,42 +282,55 @@ def best_gain(lines, data):
 
 
 def difference(one, other, data, wanted, samples=1000):
-    """(a - b, low, high): retention of two fronts at a wanted gain, with the 95 % interval of a
-    bootstrap over blocks of items and over seeds, both drawn alike for the two; () where one of
-    them does not get there, or in more than one draw of forty does not."""
-    shapes = [{m: x.shape for m, x in points[0].items.items()} for points in (one, other)]
-    if shapes[0] != shapes[1]:  # of other seeds
+    """(a - b, low, high): retention of two fronts, of the same seeds, at a wanted gain, with its
+    95 % interval; () where one of them, or some seed, or one draw in forty, does not get there.
+
+    The interval is that of a bootstrap over blocks of items, drawn alike for the two, and that of
+    the seeds' mean by Student's t, the two widths added in square. Of one seed it is not known.
+    """
+    def apart(weights):
+        """Of each column of weights."""
+        return np.subtract(*(retained_at(points, data, wanted, metrics, weights)
+                             for points in (one, other)))
+    metrics, n = retained(one[0], data), len(one[0].seeds)
+    items, seeds = weights_of(one[0], SCORED, samples)
+    drawn = apart((items, seeds))
+    each = apart(({m: w[:, :1].repeat(n, 1) for m, w in items.items()}, np.eye(n)))
+    if np.isnan([drawn[0], *each]).any() or np.isnan(drawn).mean() > 0.025:
         return ()
-    weights, metrics = weights_of(one[0], SCORED, samples), retained(one[0], data)
-    a, b = (retained_at(points, data, wanted, metrics, weights) for points in (one, other))
-    if np.isnan(a[0] - b[0]) or np.isnan(a - b).mean() > 0.025:
-        return ()
-    return float(a[0] - b[0]), *tables.bounds(list((a - b)[1:]))
+    low, high = np.array(tables.bounds(list(drawn[1:]))) - drawn[0]
+    seeds = STUDENT[n] * each.std(ddof=1) / n ** 0.5 if n in STUDENT else np.nan
+    return tuple(float(drawn[0] + x) for x in (0, -np.hypot(low, seeds), np.hypot(high, seeds)))
 
 
 def told(found):
-    """'a - b [low, high]' of a `difference`, '' of none.
+    """'a - b [low, high]' of a `difference`, 'a - b' of one seed, '' of none.
 
-    >>> told((1.25, -0.5, 3.0))
-    '+1.2 [-0.5, +3.0]'
+    >>> told((1.25, -0.5, 3.0)), told((1.25, np.nan, np.nan))
+    ('+1.2 [-0.5, +3.0]', '+1.2')
     """
     value, *ends = (tables.rounded(x, 1, "+") for x in found or [0])
-    return f"{value} [{', '.join(ends)}]" if found else ""
+    return f"{value} [{', '.join(ends)}]" if found and "+nan" not in ends else value * bool(found)
 
 
 def answer(points, data):
-    """(SDFT's retention less SFT's at half of the best gain, as text; which of them keeps more, by
-    whether the interval is off 0): the question of RESULTS.md, and the rule that was written down
-    there before the first run."""
+    """(seeds; SDFT's retention less SFT's at half of the best gain, as text; which of them keeps
+    more, by whether the interval is off 0): the question of RESULTS.md, and the rule that was
+    written down there before the first run."""
     lines = lines_of(points, data)
     if not {SDFT, SFT} <= set(lines):
-        return "", "not known: both must be there, and gain"
-    found = difference(lines[SDFT], lines[SFT], data, best_gain(lines, data) / 2)
+        return "", "", "not known: both must be there, and gain"
+    one, other = lines[SDFT], lines[SFT]
+    if one[0].seeds != other[0].seeds or any(one[0].ended + other[0].ended):
+        return "", "", "not known: not the same seeds, or the guard ended one"
+    best = best_gain(lines, data)
+    found = difference(one, other, data, best / 2) if best > 0 else ()
     if not found:
-        return "", "not known: one of them does not gain so much"
+        return "", "", "not known: one of them does not gain so much"
     _, low, high = found
     word = "SDFT keeps more" if low > 0 else "SFT keeps more" if high < 0 else "not decided"
-    return told(found), word
+    word = word if len(one[0].seeds) > 1 else "not known: one seed"
+    return ", ".join(map(str, one[0].seeds)), told(found), word
 
 
 # ------------------------------------------------------------------------------------------ Tables
@@ -317,8 +341,7 @@ def answers_table(runs):
             "answer |", "|---|---|---|---|---|"]
     for (data, damage), points in scenes(runs).items():
         if retained(points[0], data):
-            seeds = str(max(p.seeds for p in points))
-            rows.append("| " + " | ".join([data, damage, seeds, *answer(points, data)]) + " |")
+            rows.append("| " + " | ".join([data, damage, *answer(points, data)]) + " |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
@@ -359,8 +382,9 @@ def gain_rows(lines, data):
             each = [retained_at(line, data, at, metrics, once[method])[0]
                     for metrics in (others, *([m] for m in others))]
             kl = [kl_at(line, data, at, text) for text in first.kl]
-            apart = () if method == base else difference(line, lines[base], data, at)
-            cells = [f"`{method}`", f"{line[0].rate:.1e}", str(line[0].seeds),
+            alike = method != base and line[0].seeds == lines[base][0].seeds
+            apart = difference(line, lines[base], data, at) if alike else ()
+            cells = [f"`{method}`", f"{line[0].rate:.1e}", str(len(line[0].seeds)),
                      f"{at:.1f} ({share:.0%})", shown(each[0]), told(apart),
                      *map(shown, each[1:]), *(shown(x, 3) for x in kl)]
             rows.append("| " + " | ".join(cells) + " |")
@@ -380,15 +404,11 @@ def tuned_table(runs):
     rows = ["| trained on | from | method | rate | seeds | gain | retention | KL | seconds | in | "
             "gain | retention |", "|" + "---|" * 12]
     for (data, damage), points in scenes(runs).items():
-        best = max((gain(p, data, CHOSEN) for p in points if not p.ended), default=0.0)
-        ways = {}
-        for method in dict.fromkeys(p.method for p in points if p.part == 1):
-            mine = [p for p in points if p.method == method]
-            ways[method] = at_chosen_rate(mine, data, best / 2)
-        ends = {m: max(way, key=lambda p: p.step) for m, way in ways.items() if way}
+        ways = chosen([p for p in points if p.part == 1], data)
+        ends = {m: max(way, key=lambda p: p.step) for m, way in ways.items()}
         seconds = min((p.seconds for p in ends.values()), default=0.0)
         for method, p in ends.items():
-            cells = [data, damage, f"`{method}`", f"{p.rate:.1e}", str(p.seeds),
+            cells = [data, damage, f"`{method}`", f"{p.rate:.1e}", str(len(p.seeds)),
                      shown(gain(p, data, SCORED)), shown(retention(p, data, SCORED)),
                      shown(next(iter(p.kl.values()), np.nan), 3), f"{p.seconds:.0f}",
                      f"{seconds:.0f} s", *map(shown, after(ways[method], data, seconds))]

@@ -219,6 +219,20 @@ def test_the_general_mean_is_better_by_its_items_not_by_a_count_of_tests(now, wo
     assert claims.change_of_mean(items, "recovered") == word
 
 
+@pytest.mark.parametrize("direct, staged, word", [
+    ((40, 42), (60, 62), "better than"), ((60, 62), (40, 42), "worse than"),
+    ((50, 50), (53, 53), "within noise of"), ((40, 60), (60, 80), "within noise of")])
+def test_two_stages_are_better_by_items_and_by_seeds(direct, staged, word, tmp_path):
+    """Three points of a hundred questions are noise; so are twenty if seeds differ by as much."""
+    for n, both in enumerate((direct, staged)):
+        for seed, right in enumerate(both):
+            results = made_up(three(science_phrasing=(30.0, 30.0, float(right))), seed=seed)
+            answers = "1" * right + "0" * (100 - right)
+            results["items"] = {"recovered": {"science_phrasing": answers}}
+            put(tmp_path, f"table5/{n}-{seed}", results)
+    assert claims.small_claim(tmp_path)[1] == f"SmolLM2: two stages are {word} one"
+
+
 def test_a_mean_that_fell_is_no_recovery_whatever_most_seeds_say():
     """Two seeds are better by a little, one is worse by a lot."""
     runs = [made_up(three(task=(50.0, 38.0, now)), change=word)

@@ -415,6 +415,32 @@ def on_science(results):
     return bool(results["along"]) and results["config"]["data"].startswith("science")
 
 
+def along_table(folder):
+    """Recoveries that were measured on their way, a row a damage: r seed by seed."""
+    rows = []
+    for model, suffix in MODELS.items():
+        numbers = {int(f.stem.split("-")[0]) for f in folder.glob(f"along{suffix}/*.json")}
+        for n in sorted(numbers):
+            runs = runs_of(folder, f"along{suffix}/{n}")
+            rows.append((f"{model}, `{runs[0]['config']['degrade']}`", runs))
+    return table(rows, [
+        ("science_phrasing %", partial(on_the_way, metric="science_phrasing")),
+        ("perplexity", partial(on_the_way, metric="perplexity")),
+        ("CKA over tokens", partial(likeness, level="tokens")),
+        ("CKA over samples", partial(likeness, level="samples")),
+        ("r, tokens", partial(r_by_seed, level="tokens")),
+        ("r, samples", partial(r_by_seed, level="samples"))])
+
+
+def r_by_seed(runs, level):
+    """Pearson's r of CKA (last layer, debiased) with perplexity on the way of each run."""
+    found = []
+    for results in runs:
+        way = [point for _, *point in tables.way_of("recovered", results)]
+        found.append(tables.way_r(way, level, "linear_debiased", "last", "perplexity"))
+    return ", ".join(f"{r:.2f}" for r in found)
+
+
 def has_unit_norm(results):
     """Whether this run compared rows of unit norm, too, of science, and is one of a sweep or one
     that was measured on its way."""
@@ -460,7 +486,7 @@ TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     "baselines": baselines_table, "settings": settings_table,
     **per_model("sweep", sweep_performance, "sweep"),
     **per_model("correlations", tables.correlation_table, "sweep"),
-    **per_model("within", tables.within_table, *RECOVERIES, only=on_science),
+    "along": along_table, **per_model("within", tables.within_table, *RECOVERIES, only=on_science),
     **per_model("follows", tables.follows_table, "sweep", *RECOVERIES, only=has_unit_norm),
     **per_model("fair-answer", fronts.answers_table, *FAIR),
     **per_model("fair", fronts.gains_table, *FAIR),

@@ -321,6 +321,8 @@ def test_runs_of_before_do_not_hide_those_measured_on_their_way(tmp_path):
     assert ("| yes | SmolLM2 1.00 [1.00, 1.00], 1.00 [1.00, 1.00] (n = 6) | SmolLM2: yes, yes |"
             in claims.claims(tmp_path, ""))
     assert "nf4" not in within + follows and "int7" in within  # what they stand on
+    assert "| SmolLM2, `int7` | 50.0 → 20.0 → 40.0 | 10.00 → 20.00 → 12.00 | 0.900 → 0.900 | " \
+        "0.900 → 0.900 | 1.00 | 1.00 |" in claims.TABLES["along"](tmp_path)
     pyplot = evaluate.find_pyplot()
     figure = pictures.along(pyplot, claims.read_all(tmp_path, "along"))
     above, below = figure.axes[0], figure.axes[6]  # of the first of six columns

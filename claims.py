@@ -81,6 +81,18 @@ def rows_of(folder, *wanted):
     return [(title, runs_of(folder, where)) for title, where in wanted]
 
 
+def each_number(folder, experiment):
+    """[runs, …] of an experiment, number by number."""
+    numbers = {int(f.stem.split("-")[0]) for f in folder.glob(f"{experiment}/*.json")}
+    return [runs_of(folder, f"{experiment}/{n}") for n in sorted(numbers)]
+
+
+def rows_by_damage(folder, model, experiment):
+    """[(model and damage, runs), …] of an experiment."""
+    return [(f"{model}, `{runs[0]['config']['degrade']}`", runs)
+            for runs in each_number(folder, experiment)]
+
+
 def default_table(folder):
     """The default run on both models."""
     rows = rows_of(folder, ("SmolLM2, `int4`", "default/0"), ("SmolLM2, `nf4`", "default/1"),
@@ -103,10 +115,7 @@ def damages_table(folder):
     rows = []
     for model, experiment in ((QWEN, "damages-qwen"), ("SmolLM2", "damages"), ("SmolLM2", "fp4"),
                               (QWEN, "fp4-qwen")):
-        numbers = {int(f.stem.split("-")[0]) for f in folder.glob(f"{experiment}/*.json")}
-        for n in sorted(numbers):
-            runs = runs_of(folder, f"{experiment}/{n}")
-            rows.append((f"{model}, `{runs[0]['config']['degrade']}`", runs))
+        rows += rows_by_damage(folder, model, experiment)
     return table(rows, [
         ("science_phrasing %", partial(on_the_way, metric="science_phrasing")),
         ("perplexity", partial(on_the_way, metric="perplexity")),
@@ -385,9 +394,7 @@ def settings_table(folder):
     rows = []
     for model, suffix in MODELS.items():
         rows.append((f"{model}, the default", runs_of(folder, f"default{suffix}/0")))
-        numbers = {int(f.stem.split("-")[0]) for f in folder.glob(f"settings{suffix}/*.json")}
-        for n in sorted(numbers):
-            runs = runs_of(folder, f"settings{suffix}/{n}")
+        for runs in each_number(folder, f"settings{suffix}"):
             config = runs[0]["config"] | {"degrade": "none", "model": ""}
             option = command_of(config).replace("python train.py --degrade none", "").strip()
             rows.append((f"{model}, `{option}`", runs))
@@ -419,10 +426,7 @@ def along_table(folder):
     """Recoveries that were measured on their way, a row a damage: r seed by seed."""
     rows = []
     for model, suffix in MODELS.items():
-        numbers = {int(f.stem.split("-")[0]) for f in folder.glob(f"along{suffix}/*.json")}
-        for n in sorted(numbers):
-            runs = runs_of(folder, f"along{suffix}/{n}")
-            rows.append((f"{model}, `{runs[0]['config']['degrade']}`", runs))
+        rows += rows_by_damage(folder, model, f"along{suffix}")
     return table(rows, [
         ("science_phrasing %", partial(on_the_way, metric="science_phrasing")),
         ("perplexity", partial(on_the_way, metric="perplexity")),
@@ -592,9 +596,11 @@ def within_claim(folder):
                                           "science_phrasing")
             if not len(r):
                 continue
-            found = tables.bootstrap(members, lambda i, r=r: r[i].mean())
-            low, high = tables.bounds(found) if len(members) >= 5 else (-1, 1)
-            told.append(tables.with_interval(members, lambda i, r=r: r[i].mean()))
+            ends = ()
+            if len(members) >= 5:
+                ends = tables.bounds(tables.bootstrap(members, lambda i, r=r: r[i].mean()))
+            told.append(tables.in_brackets(r.mean(), ends))
+            low, high = ends or (-1, 1)
             words.append("yes" if low > 0 else "no" if high < 0 else "undecided")
         if told:
             here.append(f"{model} {', '.join(told)} (n = {len(r)})")

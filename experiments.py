@@ -237,7 +237,7 @@ def run(options, out, further, keep=False, jobs=1):
     if "BASE" in options:
         options = options.replace("BASE", str(checkpoint.default_model()))
     command = with_options(options.split(), further)
-    print(f"python train.py {' '.join(command)}", flush=True)
+    print(f"python train.py {' '.join(command)}\n", end="", flush=True)  # whole, of several at once
     out.mkdir(parents=True, exist_ok=True)
     program = [sys.executable, str(Path(__file__).parent / "train.py")]
     cores = str(max(1, os.cpu_count() // jobs))

@@ -279,7 +279,8 @@ def number(runs):
 
 def verdict(runs, metric, stage="recovered"):
     """A line on a recovery by a rule: what most seeds' `change` says (two paired standard errors
-    over the items), then against what was lost, and the healthy model."""
+    over the items), whether most had lost anything, then against what was lost, and the healthy
+    model."""
     changes = [r["change"].get(stage, {}).get(metric) for r in runs]
     if not any(changes):
         return ""
@@ -292,6 +293,9 @@ def verdict(runs, metric, stage="recovered"):
     sign = -1 if metric.startswith("perplexity") else 1
     if sign * (now - degraded) <= 0:
         return "within noise"
+    whole = [evaluate.recovered_fractions(r)[stage].get(metric, 1.0) is None for r in runs]
+    if sum(whole) * 2 > len(runs):
+        return "better, though it was not damaged"
     if sign * (now - healthy) >= 0:
         return "better than healthy" if sign < 0 else "above healthy"
     won, lost = (f"{abs(x - degraded):.{2 if sign < 0 else 1}f}" for x in (now, healthy))

@@ -293,8 +293,8 @@ def difference(one, other, data, wanted, samples=1000):
         return np.subtract(*(retained_at(points, data, wanted, metrics, weights)
                              for points in (one, other)))
     metrics, n = retained(one[0], data), len(one[0].seeds)
-    items, seeds = weights_of(one[0], SCORED, samples)
-    drawn = apart((items, seeds))
+    items, alike = weights_of(one[0], SCORED, samples)
+    drawn = apart((items, alike))
     each = apart(({m: w[:, :1].repeat(n, 1) for m, w in items.items()}, np.eye(n)))
     if np.isnan([drawn[0], *each]).any() or np.isnan(drawn).mean() > 0.025:
         return ()

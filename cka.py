@@ -128,7 +128,8 @@ def _check_rows(x, y, debiased):
 
 @torch.no_grad()
 def hidden_states(model, sequences, last=False, done=None):
-    """Every block's output for each sequence of ids: [[n_layer, T - 1 or 1, D], …], on the CPU.
+    """Every block's output for each sequence of ids: [[n_layer, T - 1 or 1, D], …], on the CPU,
+    in the model's type.
 
     A sequence is a prompt and its ground truth, less the first token: its huge norm would decide
     every similarity. last: the last token only. done(n): called with how many were just read.
@@ -138,8 +139,7 @@ def hidden_states(model, sequences, last=False, done=None):
     for batch in (order[start:start + 8] for start in range(0, len(order), 8)):
         rows = [torch.tensor(sequences[i]) for i in batch]
         ids = pad_sequence(rows, batch_first=True).to(model.device)
-        layers = torch.stack(model.backbone(ids, hidden=True)[1])  # [n_layer, B, T, D]
-        layers = layers.float().cpu()
+        layers = torch.stack(model.backbone(ids, hidden=True)[1]).cpu()  # [n_layer, B, T, D]
         for row, i in enumerate(batch):
             length = len(sequences[i])
             first = length - 1 if last else 1

@@ -309,8 +309,10 @@ def told(found):
     >>> told((1.25, -0.5, 3.0)), told((1.25, np.nan, np.nan))
     ('+1.2 [-0.5, +3.0]', '+1.2')
     """
-    value, *ends = (tables.rounded(x, 1, "+") for x in found or [0])
-    return f"{value} [{', '.join(ends)}]" if found and "+nan" not in ends else value * bool(found)
+    if not found:
+        return ""
+    value, *ends = (tables.rounded(x, 1, "+") for x in found)
+    return value if "+nan" in ends else f"{value} [{', '.join(ends)}]"
 
 
 def answer(points, data):

@@ -304,7 +304,14 @@ def test_hidden_states_are_every_block_output_without_the_first_token():
         del outputs[2]  # the last block counts after the final norm
         torch.testing.assert_close(x, torch.cat(outputs)[:, 1:], rtol=1e-5, atol=1e-5)
         assert not x.requires_grad and x.dtype == torch.float32
-    assert all(x.dtype == torch.float32 for x in hidden_states(deep(0).bfloat16(), sequences()))
+
+
+def test_hidden_states_keep_the_models_type_and_cka_is_that_of_their_values():
+    a, b = (hidden_states(deep(seed).bfloat16(), sequences()) for seed in (0, 1))
+    assert all(x.dtype == torch.bfloat16 for x in a)
+    as_floats = [[x.float() for x in states] for states in (a, b)]
+    for level in (token_level, sample_level):
+        assert level(a, b) == level(*as_floats)
 
 
 def test_hidden_states_of_many_sequences_say_how_many_were_read():

@@ -348,22 +348,37 @@ def forgetting_cells(runs, stage):
             *(likeness(runs, level, (stage,)) for level in levels)]
 
 
+BOOTSTRAP = {  # task -> its metric, the number of its first run, the paper's 3B at each of STEPS
+    "science": ("science_phrasing", 0, ("30.8", "54.2", "", "63.1")),
+    "tooluse": ("tooluse_request", 2, ("32.0", "50.5", "", "67.0"))}
+STEPS = [  # name, which of the task's two runs, stage
+    ("small", 0, "healthy"), ("direct", 0, "recovered"),
+    ("two-stage, after the first", 1, "healthy"), ("two-stage, at the end", 1, "recovered")]
+
+
 def bootstrap_table(folder):
-    """Table 5: a small model, itself as teacher, and a larger one first."""
-    steps = (("healthy", 0, "small", "3B: 32.0 / 30.8"), ("recovered", 0, "direct", "50.5 / 54.2"),
-             ("healthy", 1, "two-stage, after the first", ""),
-             ("recovered", 1, "two-stage, at the end", "67.0 / 63.1"))
-    found = [(f"{model}, {title}", stage, theirs, runs_of(folder, f"table5{suffix}/{n}"))
-             for model, suffix in MODELS.items() for stage, n, title, theirs in steps]
-    found = [row_of for row_of in found if row_of[-1]]
-    used = [runs for *_, runs in found]
-    metrics = tables.common_metrics([("", r) for runs in used for r in runs]) if used else []
-    rows = [[title, *(value(runs, m, stage) for m in metrics), number(runs),
-             verdict(runs, "science_phrasing", stage), theirs]
-            for title, stage, theirs, runs in found]
-    header = ["", *map(evaluate.metric_title, metrics), "n", "verdict, science",
-              "the paper, Tooluse / Science"]
+    """Table 5: a small model, itself as teacher, and a larger one first; taught on each task."""
+    rows, used = [], []
+    metrics = "science_phrasing", "science_element", "tooluse_request", "perplexity"
+    for model, suffix in MODELS.items():
+        for task, (metric, n, theirs) in BOOTSTRAP.items():
+            runs = [runs_of(folder, f"table5{suffix}/{n + k}") for k in (0, 1)]
+            if not all(runs):
+                continue
+            used += runs
+            for (title, k, stage), paper in zip(STEPS, theirs):
+                said = f"{staged_word(*runs, metric)} direct" if title == STEPS[-1][0] else ""
+                rows.append([f"{model}, {task}: {title}", *(
+                    value(runs[k], m, stage) for m in metrics), number(runs[k]), said, paper])
+    header = ["taught on", *map(evaluate.metric_title, metrics), "n", "verdict", "the paper, 3B"]
     return listed(header, rows, used)
+
+
+def staged_word(direct, staged, metric):
+    """Whether two stages end better than one, beyond twice the error of items and seeds."""
+    lead, noise = lead_of(*([np.array(list(r["items"]["recovered"][metric]), float) for r in runs]
+                            for runs in (staged, direct)))
+    return "within noise of" if abs(lead) <= noise else "better than" if lead > 0 else "worse than"
 
 
 WAYS = ("sdft", "SDFT"), ("kd", "KD"), ("sft", "SFT")
@@ -527,20 +542,15 @@ def claimed(folder, metric, where, stage="recovered"):
     return ("; ".join(here), said) if here else ()
 
 
-def small_claim(folder):
+def small_claim(folder, task):
     """Table 5: the small model, direct and in two stages."""
-    here, verdicts = [], []
+    here, verdicts, (metric, n, _) = [], [], BOOTSTRAP[task]
     for model, suffix in MODELS.items():
-        direct, staged = (runs_of(folder, f"table5{suffix}/{n}") for n in (0, 1))
+        direct, staged = (runs_of(folder, f"table5{suffix}/{n + k}") for k in (0, 1))
         if direct and staged:
-            metric = "science_phrasing"
             here.append(f"{model} {value(direct, metric, 'healthy')}, direct "
                         f"{value(direct, metric)}, two-stage {value(staged, metric)}")
-            lead, noise = lead_of(*([np.array(list(r["items"]["recovered"][metric]), float)
-                                     for r in runs] for runs in (staged, direct)))
-            word = "better than" if lead > noise else "worse than"
-            word = word if abs(lead) > noise else "within noise of"
-            verdicts.append(f"{model}: two stages are {word} one")
+            verdicts.append(f"{model}: two stages are {staged_word(direct, staged, metric)} one")
     return ("; ".join(here), "; ".join(verdicts)) if here else ()
 
 
@@ -652,7 +662,10 @@ CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () whe
      partial(claimed, metric="science_phrasing", where="table1/0", stage="recovered_healthy")),
     ("forgetting, t = base, tool calls, which are to stay (Table 1)", "3B 19.6 → 65.0 → 66.0",
      partial(claimed, metric="tooluse_request", where="table1/0", stage="recovered_base")),
-    ("a small model, science (Table 5)", "3B 30.8, direct 54.2, two-stage 63.1", small_claim),
+    ("a small model, science (Table 5)", "3B 30.8, direct 54.2, two-stage 63.1",
+     partial(small_claim, task="science")),
+    ("a small model, tool calls (Table 5)", "3B 32.0, direct 50.5, two-stage 67.0",
+     partial(small_claim, task="tooluse")),
     ("at half of the best gain on tool calls: what SDFT keeps of all else, less what SFT keeps",
      "promised by SDFT (2601.19897)", fair_claim),
     ("CKA rises as performance returns (§5.4)", "yes", rising_claim),

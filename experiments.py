@@ -59,8 +59,8 @@ EXPERIMENTS = {  # name -> options of each run, made with every seed
                "--degrade nf4 --data tooluse,text --eval science"],
     "table4": ["--degrade ffn10 --data science,text",
                "--degrade ffn10 --data tooluse,text --eval science"],
-    "table5": [f"--model {SMALL} --degrade none --steps 50",
-               f"--model {SMALL} --bootstrap BASE"],
+    "table5": [f"--model {SMALL} {how} --data {task},text" for task in ("science", "tooluse")
+               for how in ("--degrade none --steps 50", "--bootstrap BASE")],
     "baselines": [f"--degrade {damage} {WAYS}" for damage in ("int4", "nf4", "ffn10", "wanda30")],
     "settings": [f"--degrade int4 {variant}" for variant in VARIANTS],
     "default": ["--degrade int4", "--degrade nf4", "--degrade ffn10"],
@@ -221,12 +221,13 @@ def depends_on_seed(options):
 
 def runs_of(name, further):
     """(the options of an experiment's runs, those that go to all of them). table5 with a model of
-    one's own has no small one to make, and its larger teacher teaches in the second run alone."""
+    one's own has no small one to make, and its larger teacher teaches where the default one did."""
     if name != "table5" or "--model" not in further:
         return EXPERIMENTS[name], further
     at = further.index("--bootstrap")
-    larger, rest = " ".join(further[at:at + 2]), further[:at] + further[at + 2:]
-    return ["--degrade none --steps 50", larger], rest
+    larger, rest = further[at + 1], further[:at] + further[at + 2:]
+    return [options.replace(f"--model {SMALL} ", "").replace("BASE", larger)
+            for options in EXPERIMENTS[name]], rest
 
 
 def run(options, out, further, keep=False, jobs=1):

@@ -142,10 +142,12 @@ def test_runs_at_once_share_the_cores(tmp_path, monkeypatch):
     assert seen == [None, "3", "1"]
 
 
-def test_a_larger_teacher_of_ones_own_teaches_in_the_second_run_of_table5():
+def test_a_larger_teacher_of_ones_own_teaches_in_every_second_run_of_table5():
     own = ["--model", "small", "--bootstrap", "large", "--steps", "9"]
     runs, further = experiments.runs_of("table5", own)
-    assert runs == ["--degrade none --steps 50", "--bootstrap large"]
+    assert runs == [
+        "--degrade none --steps 50 --data science,text", "--bootstrap large --data science,text",
+        "--degrade none --steps 50 --data tooluse,text", "--bootstrap large --data tooluse,text"]
     assert further == ["--model", "small", "--steps", "9"]
     assert experiments.runs_of("table5", []) == (EXPERIMENTS["table5"], [])
 

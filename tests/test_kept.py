@@ -223,7 +223,9 @@ def test_two_stages_are_better_by_items_and_by_seeds(direct, staged, word, tmp_p
             answers = "1" * right + "0" * (100 - right)
             results["items"] = {"recovered": {"science_phrasing": answers}}
             put(tmp_path, f"table5/{n}-{seed}", results)
-    assert claims.small_claim(tmp_path)[1] == f"SmolLM2: two stages are {word} one"
+    assert f"| {word} direct | 63.1 |" in claims.TABLES["table5"](tmp_path)
+    assert claims.small_claim(tmp_path, "tooluse") == ()
+    assert claims.small_claim(tmp_path, "science")[1] == f"SmolLM2: two stages are {word} one"
 
 
 def test_a_mean_that_fell_is_no_recovery_whatever_most_seeds_say():
@@ -258,11 +260,13 @@ def test_tables_4_5_and_6_and_the_settings_are_made_of_their_files(tmp_path):
                     perplexity=(15.0, 20.0, 17.0))
     put(tmp_path, "table4/1-0", made_up(metrics, degrade="ffn10", data="tooluse,text"))
     assert "7B 38.8 → 33.7 → 35.8" in claims.TABLES["table4"](tmp_path)  # taught on tools
+    small = made_up(metrics, degrade="none")
+    small["items"] = {"recovered": {"science_phrasing": "10"}}
     for n in range(2):
-        put(tmp_path, f"table5-qwen/{n}-0", made_up(metrics, degrade="none"))
+        put(tmp_path, f"table5-qwen/{n}-0", small)
     table = claims.TABLES["table5"](tmp_path)
     assert table.count("| Qwen, ") == 4
-    assert "| Qwen, direct | 30.0 | 8.0 | 17.00 | 1 |" in table and "50.5 / 54.2" in table
+    assert "| Qwen, science: direct | 30.0 | 8.0 | | 17.00 | 1 | | 54.2 |" in table
     ways = metrics | {f"recovered_{way}": metrics["recovered"] for way, _ in claims.WAYS}
     del ways["recovered"]
     put(tmp_path, "baselines/0-0", made_up(ways, degrade="int4", recover="sdft,kd,sft"))

@@ -2,8 +2,9 @@
 
 First the estimators on matrices, then the paper's two ways of making the matrices from hidden
 states. Rotation and scale change nothing. Notation: n rows (tokens or samples), d features,
-K = H H^T the Gram matrix [n, n]. Leading dimensions, such as one per layer, are carried along. All
-is float64: near 1, the differences that matter are in the third digit and beyond.
+K = H H^T the Gram matrix [n, n]. Leading dimensions, such as one per layer, are carried along. The
+estimators compute in float64: near 1, the differences that matter are in the third digit and
+beyond.
 """
 import torch
 from torch.nn.utils.rnn import pad_sequence

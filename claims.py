@@ -21,6 +21,7 @@ from kept import (
     fraction,
     held_out,
     kept_steps,
+    lead_of,
     likeness,
     listed,
     number,
@@ -322,21 +323,25 @@ FORGETTING = [  # stage, where, its name, the paper's Tooluse, Science, CKA (Sci
     ("healthy", "table1{}/1", "second run: science expert", ""),
     ("degraded", "table1{}/1", "+ SFT on tool calls", ""),
     ("recovered", "table1{}/1", "+ recovery, t = expert, bare", "")]
+AT_DEFAULT_RATE = [  # the first run, from the expert on
+    (stage, where.replace("table1", "table1_rate"), title, theirs)
+    for stage, where, title, theirs in FORGETTING[1:5]]
 
 
-def forgetting_table(folder):
-    """Tables 1, 6 and 7: every stage, both models."""
+def forgetting_table(folder, wanted):
+    """Tables 1, 6 and 7: these rows, in FORGETTING's form, of both models."""
     rows, used = [], []
     for model, suffix in MODELS.items():
-        for stage, where, title, theirs in FORGETTING:
+        for stage, where, title, theirs in wanted:
             runs = runs_of(folder, where.format(suffix))
             used.append(runs)
             if runs:
                 rows.append([f"{model}, {title}", *forgetting_cells(runs, stage), number(runs),
-                             verdict(runs, "science_phrasing", stage), theirs])
+                             verdict(runs, "science_phrasing", stage),
+                             verdict(runs, "tooluse_request", stage), theirs])
     header = ["stage", "tool calls %", "science_phrasing %", "science_element %", "perplexity",
               "CKA, science samples", "CKA, tool samples", "CKA, tokens", "n", "verdict, science",
-              "the paper, 3B: tools, science, CKA of science, of tools"]
+              "verdict, tools", "the paper, 3B: tools, science, CKA of science, of tools"]
     return listed(header, rows, used)
 
 
@@ -348,12 +353,12 @@ def forgetting_cells(runs, stage):
             *(likeness(runs, level, (stage,)) for level in levels)]
 
 
-BOOTSTRAP = {  # task -> its metric, the number of its first run, the paper's 3B at each of STEPS
-    "science": ("science_phrasing", 0, ("30.8", "54.2", "", "63.1")),
-    "tooluse": ("tooluse_request", 2, ("32.0", "50.5", "", "67.0"))}
-STEPS = [  # name, which of the task's two runs, stage
+BOOTSTRAP_STAGES = [  # name, which of the task's two runs, stage
     ("small", 0, "healthy"), ("direct", 0, "recovered"),
     ("two-stage, after the first", 1, "healthy"), ("two-stage, at the end", 1, "recovered")]
+BOOTSTRAP = {  # task -> its metric, the number of its first run, the paper's 3B at these stages
+    "science": ("science_phrasing", 0, ("30.8", "54.2", "", "63.1")),
+    "tooluse": ("tooluse_request", 2, ("32.0", "50.5", "", "67.0"))}
 
 
 def bootstrap_table(folder):
@@ -366,18 +371,17 @@ def bootstrap_table(folder):
             if not all(runs):
                 continue
             used += runs
-            for (title, k, stage), paper in zip(STEPS, theirs):
-                said = f"{staged_word(*runs, metric)} direct" if title == STEPS[-1][0] else ""
+            verdicts = "", "", "", f"{staged_against(*runs, metric)} direct"
+            for (title, k, stage), said, paper in zip(BOOTSTRAP_STAGES, verdicts, theirs):
                 rows.append([f"{model}, {task}: {title}", *(
                     value(runs[k], m, stage) for m in metrics), number(runs[k]), said, paper])
     header = ["taught on", *map(evaluate.metric_title, metrics), "n", "verdict", "the paper, 3B"]
     return listed(header, rows, used)
 
 
-def staged_word(direct, staged, metric):
-    """Whether two stages end better than one, beyond twice the error of items and seeds."""
-    lead, noise = lead_of(*([np.array(list(r["items"]["recovered"][metric]), float) for r in runs]
-                            for runs in (staged, direct)))
+def staged_against(direct, staged, metric):
+    """Where two stages end against one: "better than", "worse than" or "within noise of" it."""
+    lead, noise = lead_of((staged, "recovered"), (direct, "recovered"), metric)
     return "within noise of" if abs(lead) <= noise else "better than" if lead > 0 else "worse than"
 
 
@@ -500,7 +504,9 @@ TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     "default": default_table, "damages": damages_table, "scales": scales_table,
     "rates": rates_table, "teachers": teachers_table, "demos": demos_table, "text": text_table,
     "refusals": refusals_table, "guard": guard_table, "lora": lora_table,
-    "table1": forgetting_table, "table2": partial(compression_table, experiment="table2"),
+    "table1": partial(forgetting_table, wanted=FORGETTING),
+    "table1_rate": partial(forgetting_table, wanted=AT_DEFAULT_RATE),
+    "table2": partial(compression_table, experiment="table2"),
     "table4": partial(compression_table, experiment="table4"), "table5": bootstrap_table,
     "baselines": baselines_table, "settings": settings_table,
     **per_model("sweep", sweep_performance, "sweep"),
@@ -550,19 +556,8 @@ def small_claim(folder, task):
         if direct and staged:
             here.append(f"{model} {value(direct, metric, 'healthy')}, direct "
                         f"{value(direct, metric)}, two-stage {value(staged, metric)}")
-            verdicts.append(f"{model}: two stages are {staged_word(direct, staged, metric)} one")
+            verdicts.append(f"{model}: two stages are {staged_against(direct, staged, metric)} one")
     return ("; ".join(here), "; ".join(verdicts)) if here else ()
-
-
-def lead_of(one, other):
-    """(mean of one less that of the other, two of its standard errors): items [n] of each seed of
-    both; the error of the items, which are paired, and that of the seeds, which are not."""
-    difference = np.mean(one, 0) - np.mean(other, 0)
-    squares = [difference.var(ddof=1) / len(difference)]
-    for runs in (one, other):
-        means = np.mean(runs, 1)
-        squares.append(means.var(ddof=1) / len(means) if len(means) > 1 else 0.0)
-    return difference.mean(), 2 * sum(squares) ** 0.5
 
 
 def rising_claim(folder):
@@ -662,6 +657,8 @@ CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () whe
      partial(claimed, metric="science_phrasing", where="table1/0", stage="recovered_healthy")),
     ("forgetting, t = base, tool calls, which are to stay (Table 1)", "3B 19.6 → 65.0 → 66.0",
      partial(claimed, metric="tooluse_request", where="table1/0", stage="recovered_base")),
+    ("forgetting, t = expert, tool calls, which are to stay (Table 1)", "3B 19.6 → 65.0 → 57.7",
+     partial(claimed, metric="tooluse_request", where="table1/0", stage="recovered_healthy")),
     ("a small model, science (Table 5)", "3B 30.8, direct 54.2, two-stage 63.1",
      partial(small_claim, task="science")),
     ("a small model, tool calls (Table 5)", "3B 32.0, direct 50.5, two-stage 67.0",

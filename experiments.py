@@ -55,6 +55,7 @@ SEEDS = (0, 1, 2)
 EXPERIMENTS = {  # name -> options of each run, made with every seed
     "table1": [f"--forget tooluse {how} --lr-fraction 2.6e-4 --eval-limit 150"
                for how in ("--teacher base,healthy", "--teacher healthy --demo none")],
+    "table1_rate": ["--forget tooluse --teacher base,healthy --eval-limit 150"],
     "table2": ["--degrade nf4 --data science,text",
                "--degrade nf4 --data tooluse,text --eval science"],
     "table4": ["--degrade ffn10 --data science,text",

@@ -9,6 +9,8 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 import evaluate
 import tables
 import train
@@ -236,6 +238,28 @@ def on_the_way(runs, metric, stages=("healthy", "degraded", "recovered"), each=F
     return " → ".join(filter(None, found))
 
 
+def beyond(runs, metric, stage):
+    """Whether accuracy at this stage is above the healthy model's by more than noise; it is where
+    it cannot be said, of perplexity or where no examples were kept."""
+    known = all(metric in r.get("items", {}).get(s, {}) for r in runs for s in ("healthy", stage))
+    if metric.startswith("perplexity") or not known:
+        return True
+    lead, noise = lead_of((runs, stage), (runs, "healthy"), metric)
+    return lead > noise
+
+
+def lead_of(one, other, metric):
+    """(mean of one's accuracy less the other's, twice its standard error), of (runs, stage) each:
+    the error of the examples, which are paired, and that of the seeds, which are within a run."""
+    a, b = (np.array([list(r["items"][stage][metric]) for r in runs], float)
+            for runs, stage in (one, other))  # [seeds, examples]
+    difference = a.mean(0) - b.mean(0)
+    squares = [difference.var(ddof=1) / len(difference)]
+    seeds = [(a - b).mean(1)] if one[0] is other[0] else [a.mean(1), b.mean(1)]
+    squares += [of.var(ddof=1) / len(of) for of in seeds if len(of) > 1]
+    return difference.mean(), 2 * sum(squares) ** 0.5
+
+
 def back(results, metric="perplexity", stage="recovered"):
     """(recovered - degraded) / (healthy - degraded), though the damage be within noise."""
     healthy, degraded, recovered = (
@@ -293,12 +317,13 @@ def verdict(runs, metric, stage="recovered"):
     sign = -1 if metric.startswith("perplexity") else 1
     if sign * (now - degraded) <= 0:
         return "within noise"
-    whole = [evaluate.recovered_fractions(r)[stage].get(metric, 1.0) is None for r in runs]
-    if sum(whole) * 2 > len(runs):
+    spared = [evaluate.recovered_fractions(r)[stage].get(metric, 1.0) is None for r in runs]
+    if sum(spared) * 2 > len(runs):
         return "better, though it was not damaged"
-    if sign * (now - healthy) >= 0:
+    whole = sign * (now - healthy) >= 0
+    if whole and beyond(runs, metric, stage):
         return "better than healthy" if sign < 0 else "above healthy"
     won, lost = (f"{abs(x - degraded):.{2 if sign < 0 else 1}f}" for x in (now, healthy))
-    return f"recovers: {won} of {lost} lost"
+    return f"recovers: {'all' if whole else won} of {lost} lost"
 
 

@@ -107,7 +107,7 @@ def damages_by_option(config):
 
 
 def as_typed(option, value, is_switch):
-    """One option of a command line; of a folder only the last two steps.
+    """One option of a command line; of a folder from the root on only the last two steps.
 
     >>> as_typed("group_size", 32, False), as_typed("symmetric", False, True)
     ('--group-size 32', '--no-symmetric')
@@ -116,7 +116,8 @@ def as_typed(option, value, is_switch):
     if is_switch:
         return f"--{flag}" if value else f"--no-{flag}"
     if isinstance(value, str):
-        value = "/".join(value.split("/")[-2:])
+        value = ",".join("/".join(word.split("/")[-2:]) if word.startswith("/") else word
+                         for word in value.split(","))
     return f"--{flag} {value}"
 
 

@@ -41,7 +41,7 @@ def write(source, messages, add_generation_prompt, tokens, folder):
     of the first user's turn. ValueError, naming the folder, for a template that fails.
     """
     def rendered(messages):
-        """The messages as the template writes them; it may fail in every way."""
+        """The messages as the template writes them."""
         jinja = compiled(source)
         with within(MEMORY), at_most(STEPS):
             text = jinja.render(messages=messages, add_generation_prompt=add_generation_prompt,
@@ -53,7 +53,7 @@ def write(source, messages, add_generation_prompt, tokens, folder):
 
     try:
         return rendered(messages)
-    except Exception as error:  # a template is a program
+    except Exception as error:  # it is a program: it can fail in every way
         with contextlib.suppress(Exception):
             if [m["role"] for m in messages[:2]] == ["system", "user"]:
                 joined = "\n\n".join(m["content"] for m in messages[:2])

@@ -236,6 +236,16 @@ def test_a_mean_that_fell_is_no_recovery_whatever_most_seeds_say():
     assert kept.verdict(runs[:2], "task") == "recovers: 2.0 of 12.0 lost"
 
 
+@pytest.mark.parametrize("now, word", [(60, "above healthy"), (52, "recovers: all of 30.0 lost")])
+def test_above_healthy_is_what_noise_does_not_explain(now, word):
+    """Two points more, of a hundred questions, are all of what was lost and no more."""
+    results = made_up(three(task=(50.0, 20.0, float(now))))
+    assert kept.verdict([results], "task") == "above healthy"  # no questions are known
+    right = {"healthy": 50, "recovered": now}
+    results["items"] = {stage: {"task": "1" * n + "0" * (100 - n)} for stage, n in right.items()}
+    assert kept.verdict([results], "task") == word
+
+
 def test_table_1_has_every_stage_of_both_runs(tmp_path):
     values = {"tooluse_request": 60.0, "science_phrasing": 40.0, "science_element": 20.0,
               "perplexity": 15.0}
@@ -249,7 +259,7 @@ def test_table_1_has_every_stage_of_both_runs(tmp_path):
     table = claims.TABLES["table1"](tmp_path)
     assert table.count("| SmolLM2, ") == 8 and "65.0, 37.9, .977, .939" in table
     assert ("| SmolLM2, + recovery, t = expert | 60.0 | 25.0 | 20.0 | 15.00 | 0.900 | 0.900 | "
-            "0.900 | 1 | recovers: 15.0 of 30.0 lost |") in table
+            "0.900 | 1 | recovers: 15.0 of 30.0 lost | ") in table
     assert "--forget tooluse" in table and "with `--demo none`" in table.replace("\n", " ")
     found = claims.claims(tmp_path, "")
     assert "| SmolLM2 40.0 → 10.0 → 25.0 (n = 1) | recovers: 15.0 of 30.0 lost |" in found

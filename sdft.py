@@ -292,11 +292,9 @@ def steps(model, batches, *, lr=1e-4, weights_rms=0.0, warmup=2, weight_decay=0.
           memory=None):
     """(batch, update) for each batch: the caller adds up .grad, then calls update(line), once.
 
-    update clips the gradient, takes a step of AdamW in place (or raises Diverged), and gives log
-    the line (loss, tokens, …) with step, lr, grad_norm, and the seconds up to here. lr, shared out
-    by `rates`, warms up linearly, and decays to 0 over the second half. progress names the bar, if
-    any. Within a step parametrized weights are computed once, with their graph (unless cached is
-    False). reduce(parameters, line) sums over processes. memory {"step", "rates", "moments"}, see
+    lr, shared out by `rates`, warms up linearly, and decays to 0 over the second half. progress
+    names the bar, if any. cached: within a step parametrized weights are computed once, with their
+    graph. reduce(parameters, line) sums over processes. memory {"step", "rates", "moments"}, see
     `adamw`, is what a training knows beside its weights: with an earlier one's it goes on.
     """
     memory = {"step": 0} if memory is None else memory
@@ -304,6 +302,8 @@ def steps(model, batches, *, lr=1e-4, weights_rms=0.0, warmup=2, weight_decay=0.
     optimizer = adamw(parameters, memory, lr, weights_rms, weight_decay, adam_dtype)
 
     def update(line):
+        """Clip the gradient, take a step of AdamW in place (or raise Diverged), and give log the
+        line (loss, tokens, …) with step, lr, grad_norm, and the seconds up to here."""
         cache.close()  # the weights that were computed for this step are done with
         if reduce:
             reduce(parameters, line)

@@ -259,7 +259,7 @@ def test_table_1_has_every_stage_of_both_runs(tmp_path):
     table = claims.TABLES["table1"](tmp_path)
     assert table.count("| SmolLM2, ") == 8 and "65.0, 37.9, .977, .939" in table
     assert ("| SmolLM2, + recovery, t = expert | 60.0 | 25.0 | 20.0 | 15.00 | 0.900 | 0.900 | "
-            "0.900 | 1 | recovers: 15.0 of 30.0 lost | ") in table
+            "0.900 | 1 | recovers: 15.0 of 30.0 lost | within noise | 57.7") in table
     assert "--forget tooluse" in table and "with `--demo none`" in table.replace("\n", " ")
     found = claims.claims(tmp_path, "")
     assert "| SmolLM2 40.0 → 10.0 → 25.0 (n = 1) | recovers: 15.0 of 30.0 lost |" in found

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import sys
+import threading
 
 # Before torch looks; what the tests start inherits it. Of tiny tensors, several threads only wait.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 import evaluate
 import resume
@@ -126,7 +128,8 @@ def slopes(backward, loss, student, s, teacher, t, tokens, **chunk):
 def launch(argv, log, before=lambda: None, **env):
     """A process that runs train.py: a fork of this one, so that nothing is imported again. What it
     says goes into the file `log`; before() is called in it first."""
-    process = FORK.Process(target=_program, args=([*map(str, argv)], log, before, env))
+    process = FORK.Process(target=_program, args=([*map(str, argv)], log, before, env),
+                           daemon=True)  # one that hangs does not outlive the tests
     process.start()
     return process
 
@@ -134,6 +137,7 @@ def launch(argv, log, before=lambda: None, **env):
 def _program(argv, log, before, env):
     os.environ.update(env)
     torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
+    tqdm.set_lock(threading.RLock())  # forks share tqdm's, which a killed one may hold for ever
     resume.Interrupt.__call__ = INTERRUPT
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)

@@ -6,6 +6,7 @@ are killed, whenever.
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import GPT2, QWEN2, launch, make_folder
 from safetensors import safe_open
+from tqdm import tqdm
 
 import resume
 import train
@@ -347,6 +349,17 @@ def test_a_signal_to_the_tests_ends_them_and_not_a_run():
         time.sleep(1)
 
 
+def test_who_is_killed_while_it_draws_its_bar_holds_up_no_other(folders, tmp_path):
+    def killed():
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    tqdm.get_lock()  # the tests' own, which is there as soon as one of them has drawn a bar
+    start(tmp_path / "killed", folders["llama"], before=killed).join()
+    process = start(tmp_path / "next", folders["llama"])
+    process.join(60)
+    assert process.exitcode == 0
+
+
 KILLS = int(os.environ.get("KILLS", 3))
 
 
@@ -365,7 +378,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_end(folders, tmp_path):
             kills += 1
         else:  # it came to its end: begin again
             assert process.exitcode == 0 and left_by(broken) == left_by(whole)
-            broken = tmp_path / f"broken{kills}"
+            shutil.rmtree(broken)
     process = start(broken, folders["llama"])
     process.join()
     assert process.exitcode == 0 and left_by(broken) == left_by(whole)

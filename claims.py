@@ -268,18 +268,21 @@ GENERAL = "blimp_all", "arc_easy_all", "winogrande_all"  # Table 3's test sets h
 
 
 def compression_table(folder, experiment):
-    """Tables 2, 3 or 4: a row for each model, task that brings back, and metric."""
+    """Tables 2, 3 or 4: a row for each model, task that brings back, and metric; beside it what the
+    undamaged model comes to by the same training."""
     rows, used = [], []
     for model, suffix in MODELS.items():
         for n, task in enumerate(("science", "tooluse")):
             runs = with_mean(runs_of(folder, f"{experiment}{suffix}/{n}"))
-            used.append(runs)
+            sound = runs_of(folder, f"control{suffix}/{n}") if runs else []
+            used += runs, sound
             for metric in runs[0]["stages"]["healthy"] if runs else ():
                 way = [value(runs, metric, s) for s in ("healthy", "degraded", "recovered")]
-                rows.append([f"{model}, {task}", evaluate.metric_title(metric), *way, number(runs),
+                rows.append([f"{model}, {task}", evaluate.metric_title(metric), *way,
+                             value(sound, metric) if sound else "", number(runs),
                              verdict(runs, metric), paper(experiment, task, metric)])
-    header = ["taught on", "metric", "healthy", "degraded", "recovered", "n", "verdict",
-              "the paper"]
+    header = ["taught on", "metric", "healthy", "degraded", "recovered", "undamaged, trained alike",
+              "n", "verdict", "the paper"]
     return listed(header, rows, used)
 
 
@@ -534,14 +537,17 @@ def claims(folder, old):
     return "\n".join(lines) + "\n"
 
 
-def claimed(folder, metric, where, stage="recovered"):
-    """(healthy → degraded → recovered of the models that are there, the verdict on each)."""
+def claimed(folder, metric, where, stage="recovered", control=""):
+    """(healthy → degraded → recovered of the models that are there, the verdict on each); control:
+    where the undamaged model had the same training."""
     here, verdicts = [], []
     for model, suffix in MODELS.items():
         runs = with_mean(runs_of(folder, where.replace("/", f"{suffix}/")))
         way = runs and on_the_way(runs, metric, ("healthy", "degraded", stage))
         if way:
-            here.append(f"{model} {way}" + f" (n = {len(runs)})" * (len(runs) != 3))
+            sound = control and runs_of(folder, control.replace("/", f"{suffix}/"))
+            here.append(f"{model} {way}" + f" (n = {len(runs)})" * (len(runs) != 3)
+                        + (f" (undamaged: {value(sound, metric)})" if sound else ""))
             verdicts.append(f"{model}: {verdict(runs, metric, stage)}")
     alike = {said.split(": ", 1)[1] for said in verdicts}
     said = alike.pop() if len(alike) == 1 else "; ".join(verdicts)
@@ -644,11 +650,14 @@ def fair_claim(folder):
 
 CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () where it has no files
     ("NF4, science (Table 2)", PAPER["table2", "science"],
-     partial(claimed, metric="science_phrasing", where="table2/0|default/1")),
+     partial(claimed, metric="science_phrasing", where="table2/0|default/1",
+             control="control/0")),
     ("a tenth of the FFN, science (Table 4)", PAPER["table4", "science"],
-     partial(claimed, metric="science_phrasing", where="table4/0|default/2")),
+     partial(claimed, metric="science_phrasing", where="table4/0|default/2",
+             control="control/0")),
     ("NF4, tool calls (Table 2)", PAPER["table2", "tooluse"],
-     partial(claimed, metric="tooluse_request", where="table2/1")),
+     partial(claimed, metric="tooluse_request", where="table2/1",
+             control="control/1")),
     ("NF4, general ability (Table 3)", PAPER["table2", "general"],
      partial(claimed, metric="general_mean", where="table2/0")),
     ("forgetting, t = base, science (Table 1)", "3B 60.0 → 37.9 → 61.5",

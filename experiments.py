@@ -58,6 +58,7 @@ EXPERIMENTS = {  # name -> options of each run, made with every seed
     "table1_rate": ["--forget tooluse --teacher base,healthy --eval-limit 150"],
     "table2": ["--degrade nf4 --data science,text",
                "--degrade nf4 --data tooluse,text --eval science"],
+    "control": ["--degrade none", "--degrade none --data tooluse,text --eval science"],
     "table4": ["--degrade ffn10 --data science,text",
                "--degrade ffn10 --data tooluse,text --eval science"],
     "table5": [f"--model {SMALL} {how} --data {task},text" for task in ("science", "tooluse")

@@ -1,6 +1,7 @@
 """The runs that are kept in results/EXPERIMENT/NUMBER-SEED.json: putting them there, and rows and
 cells of tables that are made of them, each table with the commands, commits, machines, seeds and
 minutes that it stands on."""
+import collections
 import dataclasses
 import itertools
 import json
@@ -178,15 +179,17 @@ def made_by(runs):
 def told_seeds(seeds):
     """Of {command: its seeds}, in words.
 
-    >>> told_seeds({"a": {0, 1, 2}, "b": {0, 1, 2}}), told_seeds({"a": {0, 1, 2}, "b": {0}})
-    ('seeds 0, 1, 2', 'seed 0, of 1 of 2 also 1, 2')
+    >>> told_seeds({"a": {0, 1, 2}, "b": {0, 1, 2}}), told_seeds({"a": {0, 1}, "b": {0}})
+    ('seeds 0, 1, 2', 'seed 0, of 1 of 2 also 1')
+    >>> told_seeds({"a": {0, 1, 2}, "b": {0, 2}, "c": {0}})
+    'seed 0, of 1 of 3 also 1, 2, of 1 of 3 also 2'
     """
     every, found = set.intersection(*seeds.values()), set.union(*seeds.values())
-    if not every or every == found:
+    if not every:
         return "seed" + plural(sorted(found))
-    more = sum(s > every for s in seeds.values())
-    also = ", ".join(map(str, sorted(found - every)))
-    return f"seed{plural(sorted(every))}, of {more} of {len(seeds)} also {also}"
+    more = collections.Counter(tuple(sorted(s - every)) for s in seeds.values() if s > every)
+    also = (f", of {n} of {len(seeds)} also {', '.join(map(str, s))}" for s, n in more.items())
+    return "seed" + plural(sorted(every)) + "".join(also)
 
 
 def plural(found):
@@ -308,10 +311,11 @@ def verdict(runs, metric, stage="recovered"):
     changes = [r["change"].get(stage, {}).get(metric) for r in runs]
     if not any(changes):
         return ""
-    if changes.count("worse") * 2 > len(changes):
-        return "worse than before"
-    if changes.count("better") * 2 <= len(changes):
-        return "within noise"
+    word, seeds = collections.Counter(changes).most_common(1)[0]
+    if seeds * 2 <= len(changes):
+        return "seeds disagree"
+    if word != "better":
+        return "worse than before" if word == "worse" else "within noise"
     healthy, degraded, now = (sum(r["stages"][s][metric] for r in runs) / len(runs)
                               for s in ("healthy", "degraded", stage))
     sign = -1 if metric.startswith("perplexity") else 1

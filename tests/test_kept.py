@@ -166,6 +166,8 @@ def test_a_verdict_by_its_rule(values, change, says):
 def test_most_seeds_decide_a_verdict():
     runs = [made_up(three(task=(50.0, 20.0, 40.0)), change=c) for c in ("better", "same", "same")]
     assert kept.verdict(runs, "task") == "within noise"
+    runs[1]["change"]["recovered"]["task"] = "worse"
+    assert kept.verdict(runs, "task") == kept.verdict(runs[1:], "task") == "seeds disagree"
     runs = [made_up(three(task=(0.0, 0.0, 40.0)), fraction=f) for f in (None, None, 0.5)]
     assert kept.verdict(runs, "task") == "better, though it was not damaged"
     assert kept.verdict(runs[1:], "task") == "above healthy"
@@ -189,17 +191,22 @@ def test_tables_2_and_3_stand_beside_the_papers_numbers(tmp_path):
         put(tmp_path, f"table2-qwen/0-{seed}", made_up(metrics, seed=seed) | {"items": items})
     table = claims.TABLES["table2"](tmp_path)
     paper = "3B 31.8 → 30.4 → 45.4; 7B 33.9 → 33.0 → 52.3"
-    assert ("| Qwen, science | science_phrasing % | 28.0 | 5.0 | 40.0 | 3 | above healthy | "
+    assert ("| Qwen, science | science_phrasing % | 28.0 | 5.0 | 40.0 | | 3 | above healthy | "
             f"{paper} |") in table
-    assert ("| Qwen, science | perplexity | 15.00 | 20.00 | 17.00 | 3 | recovers: 3.00 of 5.00 "
+    assert ("| Qwen, science | perplexity | 15.00 | 20.00 | 17.00 | | 3 | recovers: 3.00 of 5.00 "
             "lost | |" in table)
-    assert ("| Qwen, science | general_mean % | 50.0 | 47.0 | 49.0 | 3 | recovers: 2.0 of 3.0 lost "
-            "| 3B 67.1 → 66.0 → 66.3; 7B 71.1 → 70.1 → 70.9 |" in table)
+    assert ("| Qwen, science | general_mean % | 50.0 | 47.0 | 49.0 | | 3 | recovers: 2.0 of 3.0 "
+            "lost | 3B 67.1 → 66.0 → 66.3; 7B 71.1 → 70.1 → 70.9 |" in table)
     assert "SmolLM2" not in table
     row = "| NF4, science (Table 2) | old | old | old |\n"
     assert f"| NF4, science (Table 2) | {paper} | Qwen 28.0 → 5.0 → 40.0 | above healthy |" in (
         claims.claims(tmp_path, row))
     assert row in claims.claims(tmp_path / "none", row)
+    put(tmp_path, "control-qwen/0-0", made_up(three(science_phrasing=(28.0, 28.0, 44.0)),
+                                              degrade="none"))
+    table = claims.TABLES["table2"](tmp_path)
+    assert "| 40.0 | 44.0 | 3 |" in table and "| 17.00 | | 3 |" in table and "`--degrade none`" in table
+    assert "Qwen 28.0 → 5.0 → 40.0 (undamaged: 44.0) |" in claims.claims(tmp_path, "")
 
 
 @pytest.mark.parametrize("now, word", [

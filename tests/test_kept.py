@@ -205,7 +205,8 @@ def test_tables_2_and_3_stand_beside_the_papers_numbers(tmp_path):
     put(tmp_path, "control-qwen/0-0", made_up(three(science_phrasing=(28.0, 28.0, 44.0)),
                                               degrade="none"))
     table = claims.TABLES["table2"](tmp_path)
-    assert "| 40.0 | 44.0 | 3 |" in table and "| 17.00 | | 3 |" in table and "`--degrade none`" in table
+    assert "| 40.0 | 44.0 | 3 |" in table and "| 17.00 | | 3 |" in table
+    assert "--degrade none`" in table
     assert "Qwen 28.0 → 5.0 → 40.0 (undamaged: 44.0) |" in claims.claims(tmp_path, "")
 
 

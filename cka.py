@@ -1,10 +1,10 @@
 """Centered Kernel Alignment (§4): how alike two models represent the same inputs.
 
 First the estimators on matrices, then the paper's two ways of making the matrices from hidden
-states. Rotation and scale change nothing. Notation: n rows (tokens or samples), d features,
-K = H H^T the Gram matrix [n, n]. Leading dimensions, such as one per layer, are carried along. The
-estimators compute in float64: near 1, the differences that matter are in the third digit and
-beyond.
+states. Rotation and scale change no estimator, but rotation changes what is z-scored first.
+Notation: n rows (tokens or samples), d features, K = H H^T the Gram matrix [n, n]. Leading
+dimensions, such as one per layer, are carried along. The estimators compute in float64: near 1, the
+differences that matter are in the third digit and beyond.
 """
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -15,8 +15,9 @@ KINDS = ("linear", "linear_debiased", "unit_debiased", "rbf", "rbf_debiased")
 def linear_cka(x, y, debiased=False):
     """Linear CKA of x [..., n, d1] and y [..., n, d2]: float64 [...] (§4.2-4.3, Eqs. 1-4).
 
-    Biased: in [0, 1], and close to 1 for any two inputs when n < d. debiased=True removes that
-    bias, and can be negative. ValueError if the rows differ, or are fewer than 4 when debiased.
+    Biased: in [0, 1]; of unrelated white inputs about d / (n + d), near 1 when n << d.
+    debiased=True removes that bias, and can be negative. ValueError if the rows differ, or are
+    fewer than 4 when debiased.
 
     >>> x, y = torch.tensor([[1.], [0.], [-1.]]), torch.tensor([[1.], [0.], [0.]])
     >>> linear_cka(x, y)  # one feature each: the squared correlation, 1^2 / (2 * 2/3)
@@ -129,8 +130,8 @@ def _check_rows(x, y, debiased):
 
 @torch.no_grad()
 def hidden_states(model, sequences, last=False, done=None):
-    """Every block's output for each sequence of ids: [[n_layer, T - 1 or 1, D], …], on the CPU,
-    in the model's type.
+    """Every block's output, the last one's after the final norm, for each sequence of ids:
+    [[n_layer, T - 1 or 1, D], …], on the CPU, in the model's type.
 
     A sequence is a prompt and its ground truth, less the first token: its huge norm would decide
     every similarity. last: the last token only. done(n): called with how many were just read.

@@ -319,7 +319,8 @@ def compare(states, healthy):
 
 
 def over_tokens(states, healthy):
-    """{kind: [n_layer]}: CKA over the tokens of each sequence, averaged over all sequences."""
+    """{kind: [n_layer]}: the mean of `cka.token_level` over the sequences of all processes, each of
+    which reads its own."""
     found = []
     for x, y in zip(states, healthy):
         if x.size(1) >= 4:  # the debiased estimator needs as many
@@ -516,7 +517,8 @@ def cka_lines(levels, width):
                              f"  last {v[-1]:.4f}  mean {sum(v) / len(v):.4f}")
     if lines:
         lines += ["", "(A bar is a layer, first to last: ▁ is the lowest value of its kind, █ is "
-                  "1, alike up to rotation and scale. Trust the debiased rows.)"]
+                  "1, alike up to rotation and scale (samples: once z-scored). Trust the debiased "
+                  "rows.)"]
     return lines
 
 
@@ -701,12 +703,12 @@ def find_pyplot():
 
 
 def draw_curves(axis, steps):
-    """Each recovery's KL by step; its loss where there is no KL."""
-    shown = "kl" if steps and "kl" in steps[0] else "loss"
+    """Each recovery's KL by step; its loss where it has no KL."""
     for stage in dict.fromkeys(s["stage"] for s in steps):
-        mine = [s for s in steps if s["stage"] == stage and shown in s]
-        axis.plot([s["step"] + 1 for s in mine], [s[shown] for s in mine], label=stage)
-    axis.set(ylabel=f"{shown}, nats per token")
+        mine = [s for s in steps if s["stage"] == stage]
+        shown, name = ("kl", "KL") if "kl" in mine[0] else ("loss", "cross-entropy")
+        axis.plot([s["step"] + 1 for s in mine], [s[shown] for s in mine], label=f"{stage}: {name}")
+    axis.set(ylabel="nats per token")
     if axis.lines:
         axis.legend()
 

@@ -57,7 +57,7 @@ class Watch:
     wrong. past: the state() of one that this one goes on from.
     """
 
-    FAR = 0.5  # nats a token; far: more than twice the start and this
+    FAR = 0.5  # far: above twice the start plus this, in what is watched (nats a token, 1 - CKA)
 
     def __init__(self, student, value, patience=0, strict=False, every=7, past=None):
         self.student, self.value, self.strict = student, value, strict
@@ -138,8 +138,9 @@ class Watch:
 
 
 def held_out_loss(run, student, lesson):
-    """value() for a Watch: the lesson's loss on its held-out prompts, task by task, with the
-    experts' answers, in nats a token; "all": the mean over all tokens."""
+    """value() for a Watch: the divergence from the teacher as it was at the start (sft, own: the
+    cross-entropy), task by task, on all tokens of the experts' answers to the lesson's held-out
+    prompts, in nats a token, with neither CKA nor anchor; "all": the mean over all tokens."""
     teacher = run.teachers.get(lesson.teacher) if lesson.how in ("sdft", "kd") else None
     size = run.config.micro_batch
     together = parallel.sharded(student)  # then all processes must take the same steps

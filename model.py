@@ -159,7 +159,8 @@ def rope_angles(config, positions, dtype):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate pairs (i, i + K/2) of x [B, T, heads, K] by their positions' angles."""
+    """Rotate pairs (i, i + K/2) of x [B, T, heads, K]; cos is (cos, cos) and sin (-sin, sin), see
+    `rope_angles`: x_i cos - x_{i+K/2} sin, and x_{i+K/2} cos + x_i sin."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -179,7 +180,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
 
     def forward(self, x, rope, attend):
-        """x [B, T, D] -> [B, T, D]; rope is (cos, sin) or None."""
+        """x [B, T, D] -> [B, T, D]; rope is what `rope_angles` gives, or None."""
         B, T, _ = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.head_dim)
                    for linear in (self.q_proj, self.k_proj, self.v_proj))

@@ -15,9 +15,9 @@ The asymmetric range is first widened to hold 0, so that 0 stays exactly 0. The 
 two FP4 formats are here too. The paper does not say how the quantized student trains. We train
 straight through (Bengio et al., 1308.3432): w_hat is used forward, and its gradient goes to w as if
 rounding were the identity, except where w was clipped. QLoRA is the other way: a frozen grid and a
-low-rank update. `compute_in_` comes last: it rounds to bfloat16, for speed only. What is measured
-and saved is the weight as it acts, but for that rounding (`model.GPT.weight`); `bake_` leaves
-nothing else.
+low-rank update. `compute_in_` comes last: it rounds to bfloat16, for speed only. The weight as it
+acts without that rounding is saved (`model.GPT.weight`); a copy in --dtype is measured. `bake_`,
+for callers of their own, makes the weights that act ordinary parameters.
 """
 import re
 from collections.abc import Callable
@@ -55,6 +55,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 # -------------------------------------------------------------------------------- integer grids
+# Training goes through `fake_quantize`; the two before it are the same grid in integers, to store.
 
 def quantize_int(w, bits, group_size=None, symmetric=True):
     """w [out, in] -> q [out, in] (int8 if symmetric, else uint8), scale, zero_point [out, groups].

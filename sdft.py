@@ -2,7 +2,8 @@
 
 One step, for a batch of prompts x with expert demonstrations c:
 
-    1. rollout   y ~ student(. | x), at a temperature       on-policy: the student's own tokens
+    1. rollout   y ~ student(. | x), at a temperature       on-policy: the student's own tokens;
+                                                            2 and 3 are at temperature 1
     2. score     p_T(. | x, c, y_<t) and p_S(. | x, y_<t)   the teacher may see the demonstration
     3. update    minimise the mean over tokens t of KL(p_T, p_S), over the whole vocabulary
 
@@ -13,7 +14,8 @@ loop. Without a rollout it is off-policy distillation, a baseline: the experts' 
     ema > 0           the teacher follows the student: phi <- ema theta + (1 - ema) phi
     cka_weight > 0    the loss is KL + cka_weight (1 - CKA) (§6), with cka_balance
                       KL + cka_weight sg(KL / (1 - CKA)) (1 - CKA) (CKA-QAD, 2606.05682);
-                      CKA is linear, over the answers' tokens, averaged over layers
+                      CKA is linear, biased, averaged over layers, over all answers' tokens of a
+                      micro-batch, which counts by its tokens: another size is another loss
 
 Nothing in this file knows how the student was damaged. Parametrized weights (quantized, masked) are
 computed once a step, and the rollout and the update use the same ones.
@@ -116,7 +118,8 @@ def _masked_mean(per_token, mask):
 # ----------------------------------------------------------------------------------- the SDFT loop
 
 def score(model, prompts, completions, hidden=False):
-    """Hidden states [1, N, D] that predict the completions' N tokens, row after row, unpadded.
+    """Hidden states [1, N, D] that predict the completions' N tokens, row after row, unpadded; a
+    completion has at least one.
 
     They come after the last norm, ready for model.head; with hidden=True every block's come too,
     [n_layer, N, D], these last. Rows are padded on the right, where a causal model needs no mask.
@@ -162,13 +165,13 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, skip=0, ema=
     """SDFT: teach the student back from its teacher's view of its own rollouts; trains in place.
 
     batches: lists of `Prompt`. rollout(student, prompts) -> completions, lists of ids; None: the
-    experts' answers. loss(student_logits, teacher_logits, mask): one of LOSSES, or any mean over
-    tokens like them, skip: without the first of each answer. stop() ends the training if it is
-    true. share(rows) is this process's part of the batch. ema, cka_…: see above; the rest: `steps`.
+    experts' answers. loss(student_logits, teacher_logits, mask): any mean over tokens like LOSSES.
+    skip: so many first tokens of an answer do not count. stop() ends the training if it is true.
+    share(rows): this process's part of the batch. ema, cka_…: see above; the rest: `steps`.
     """
     teacher.eval().requires_grad_(False)  # the paper's teacher is static
     memory = {"step": 0} if memory is None else memory
-    phi, with_cka = average_of(teacher, student, memory) if ema else {}, cka_weight > 0
+    phi, with_cka = (average_of(teacher, student, memory) if ema else {}), cka_weight > 0
     for batch, update in steps(student, batches, memory=memory, **optimization):
         answers = [p.answer for p in batch]
         if rollout:                                                     # 1. rollout: on-policy
@@ -187,7 +190,7 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, skip=0, ema=
                 total = total + cka_weight * balance * distance
                 line["cka"] += part * (1 - distance.item())
             total.backward()
-            line["loss"] += value.item()
+            line["loss"] += value.item()                 # without CKA, which is beside it
             line["kl"] += kl.item()
             s = t = total = distance = None              # no graph outlives its micro-batch
         update(line)                                                    # 3. update
@@ -253,7 +256,8 @@ def average_of(teacher, student, memory):
 
 @torch.no_grad()
 def follow(teacher, phi, student, rate):
-    """phi <- rate theta + (1 - rate) phi, and the teacher is phi, in place (Shenfeld et al.)."""
+    """phi <- rate theta + (1 - rate) phi, and the teacher is phi, in place (Shenfeld et al.).
+    theta: the student's weights as they act, on their grid, not those that the optimizer holds."""
     for name, theta in student.named_weights():
         p = teacher.get_parameter(name)
         p.copy_(phi[name].lerp_(theta.to(p.device).float(), rate))
@@ -284,7 +288,7 @@ def alike(prompts, beginning=8):
 
 # ---------------------------------------------------------------------------------- the optimizer
 
-BETAS = 0.9, 0.95
+BETAS = 0.9, 0.95  # not the usual 0.999, which averages over 1,000 steps: here are 25
 
 
 def steps(model, batches, *, lr=1e-4, weights_rms=0.0, warmup=2, weight_decay=0.0, clip=1.0,

@@ -332,7 +332,8 @@ def stop_of(run, student, lesson, watch, memory, now, so_far):
     measured on its way; and now(), the training's state, is saved, and when the run is asked to
     stop, which it then does. After the last step resume.keep saves the student itself."""
     def stop():
-        """True after the last step; KeyboardInterrupt, the state saved, if the run was asked to."""
+        """True if the watch ends the training here; KeyboardInterrupt, the state saved, if the run
+        was asked to stop."""
         step, every, often = memory["step"], run.config.save_every, run.config.measure_every
         if lesson.recovery and often and step % often == 0 and step < len(lesson.batches):
             measure_along(run, student, lesson, step)
@@ -510,8 +511,8 @@ def show_step(run, student, teacher, lesson):
 
 @contextlib.contextmanager
 def timed(seconds, name):
-    """seconds[name] = how long the body took, in all processes of this run; so_far() is that, in
-    the body."""
+    """seconds[name] = how long the body took, before the run was broken off, too; so_far() is that,
+    in the body."""
     began = time.perf_counter() - seconds.get(name, 0.0)
 
     def so_far():

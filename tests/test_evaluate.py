@@ -285,6 +285,19 @@ def test_the_picture_is_drawn_with_a_step_and_without(step, tmp_path):
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
+def test_every_recovery_has_a_curve_of_what_it_has():
+    """KL of sdft and kd, cross-entropy of sft, whichever came first."""
+    sft = [{"stage": "recovered_sft", "step": i, "loss": 2.0} for i in range(3)]
+    sdft = [{"stage": "recovered_sdft", "step": i, "loss": 9.0, "kl": 1.0} for i in range(3)]
+    pyplot = evaluate.find_pyplot()
+    for steps in (sft + sdft, sdft + sft):
+        figure, axis = pyplot.subplots()
+        evaluate.draw_curves(axis, steps)
+        drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+        assert drawn == {"recovered_sft: cross-entropy": [2.0] * 3, "recovered_sdft: KL": [1.0] * 3}
+        pyplot.close(figure)
+
+
 def test_a_run_that_broke_is_shown_and_drawn(tmp_path, recwarn):
     """nan in the bars and in a trace; no CKA and no steps at all; a token that no font has."""
     results = made_up()

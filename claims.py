@@ -580,18 +580,21 @@ def rising_claim(folder):
                 if results["change"].get(stage, {}).get("perplexity") == "better":
                     which = suffix, tables.name_of(config), config["seed"], teacher
                     found.setdefault(which, (stage, results))
-    if not found:
-        return ()
-    found = list(found.values())
-    rose = []
-    for level in ("tokens", "samples"):
-        cka = [results["cka"][level] for _, results in found]
-        rose.append(sum(c[stage]["linear_debiased"][-1] > c["degraded"]["linear_debiased"][-1]
-                        for (stage, _), c in zip(found, cka)))
+    said, rises = [], []
+    for damage, forgot in ("forgetting", True), ("compression", False):
+        of_it = [(stage, r["cka"]) for stage, r in found.values()
+                 if bool(r["config"]["forget"]) is forgot]
+        rose = [sum(cka[level][stage]["linear_debiased"][-1]
+                    > cka[level]["degraded"]["linear_debiased"][-1] for stage, cka in of_it)
+                for level in ("tokens", "samples")]
+        rises.append(rose)
+        if of_it:
+            said.append(f"after {damage} {rose[0]}, {rose[1]} of {len(of_it)}")
+    rose = [sum(both) for both in zip(*rises)]
     word = "yes" if min(rose) > 0.75 * len(found) else "no" if max(rose) < 0.5 * len(found) else (
         "in part")
-    return (f"both models: over tokens in {rose[0]}, over samples in {rose[1]} of {len(found)} "
-            "recoveries"), word
+    told = "both models, last layer, over tokens, samples: " + "; ".join(said)
+    return (told, word) if said else ()
 
 
 def within_claim(folder):

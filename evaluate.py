@@ -517,8 +517,8 @@ def cka_lines(levels, width):
                              f"  last {v[-1]:.4f}  mean {sum(v) / len(v):.4f}")
     if lines:
         lines += ["", "(A bar is a layer, first to last: ▁ is the lowest value of its kind, █ is "
-                  "1, alike up to rotation and scale (samples: once z-scored). Trust the debiased "
-                  "rows.)"]
+                  "1: alike up to rotation and",
+                  "scale (samples: once z-scored). Trust the debiased rows.)"]
     return lines
 
 

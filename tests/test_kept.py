@@ -351,4 +351,8 @@ def test_a_recovery_that_was_made_twice_counts_once(tmp_path):
     put(tmp_path, "default/0-0", made_up(metrics))
     for seed in range(2):
         put(tmp_path, f"along/0-{seed}", made_up(metrics, eval_limit=150, seed=seed))
-    assert claims.rising_claim(tmp_path)[0].endswith("of 2 recoveries")
+    told, compression = "both models, last layer, over tokens, samples: ", "compression 0, 0 of 2"
+    assert claims.rising_claim(tmp_path)[0] == f"{told}after {compression}"
+    put(tmp_path, "table1/0-0", made_up(metrics, forget="tooluse", degrade="none"))
+    assert claims.rising_claim(tmp_path)[0] == (
+        f"{told}after forgetting 0, 0 of 1; after {compression}")

@@ -238,8 +238,8 @@ class AddedTokens:
     def __init__(self, tokens, vocab, normalize):
         """tokens: [{"content", and the FLAGS}, …]; of one that comes again the later flags count.
 
-        As in tokenizers, the id is the vocabulary's or, for what is not in there, the next one; an
-        "id" of its own is not looked at.
+        As in tokenizers, the id is the vocabulary's or, for what is not in there, the next one,
+        whatever "id" it has (tokenizer.py refuses one that differs).
         """
         self.ids, self.of, self.text_of = {}, {}, {}
         for token in tokens:

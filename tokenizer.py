@@ -216,9 +216,21 @@ def _read_parts(spec, where, folder, config, default, again):
     added = _added_tokens(folder, config, spec.get("added_tokens") or [], default, again)
     normalizers = pieces.normalizers(normalizer, where)
     _check_normalized(added, normalizers, where)
+    _check_ids(spec.get("added_tokens") or [], pieces.AddedTokens(added, bpe.ids, str).ids, where)
     return {"bpe": bpe, "added": added, "normalizers": normalizers,
             "steps": steps, "pattern": pattern, "prefix": prefix, "suffix": suffix,
             "between": _between(spec.get("decoder"), where)}
+
+
+def _check_ids(tokens, ids, where):
+    """ValueError for an added token of tokenizer.json that says another id than it gets: tokenizers
+    goes by the vocabulary's size alone, and the model's weights were trained by what it says."""
+    for token in tokens:
+        content, said = token.get("content"), token.get("id")
+        if content and type(said) is int and said != ids[content]:
+            raise ValueError(f"{where}: the added token {content!r} says that its id is {said}, "
+                             f"and gets {ids[content]}, in tokenizers, too: the vocabulary before "
+                             "it has too many tokens, or too few")
 
 
 def _check_normalized(added, normalizers, where):

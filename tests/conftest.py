@@ -98,6 +98,15 @@ def no_picture(monkeypatch):
     monkeypatch.setattr(evaluate, "find_pyplot", lambda: None)
 
 
+def numbered(tokens, vocab):
+    """A tokenizer.json's added tokens with the ids that tokenizers gives them: the vocabulary's, or
+    the next one."""
+    ids = {}
+    for content in (token["content"] for token in tokens):
+        ids.setdefault(content, vocab.get(content, max([len(vocab) - 1, *ids.values()]) + 1))
+    return [{**token, "id": ids[token["content"]]} for token in tokens]
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("tiny"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from conftest import numbered
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -436,10 +437,11 @@ def byte_vocab(*more):
 
 def small(folder, model=None, config=None, files=None, added_tokens=(), **parts):
     """(Hugging Face's tokenizer, ours) of a folder with single bytes and what the arguments say."""
-    end = {"id": 0, "content": "<|endoftext|>", **FLAGS, "special": True}
-    spec = {"version": "1.0", "added_tokens": [*added_tokens, end], "normalizer": None,
-            "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "post_processor": None, **parts,
-            "model": {"type": "BPE", "vocab": byte_vocab(), "merges": [], **(model or {})}}
+    model = {"type": "BPE", "vocab": byte_vocab(), "merges": [], **(model or {})}
+    end = {"content": "<|endoftext|>", **FLAGS, "special": True}
+    added = numbered([*added_tokens, end], model["vocab"])
+    spec = {"version": "1.0", "added_tokens": added, "normalizer": None, "model": model,
+            "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "post_processor": None, **parts}
     files = {"tokenizer.json": spec, **({"tokenizer_config.json": config} if config else {}),
              **(files or {})}
     write_all(folder, files)
@@ -484,8 +486,7 @@ def test_merges_in_an_order_of_their_own_are_done_in_that_order(tmp_path):
     {"lstrip": True, "rstrip": True, "normalized": True, "single_word": True, "special": True}],
     ids=" ".join)
 def test_an_added_tokens_flags_are_obeyed(flags, tmp_path):
-    added = [{"id": 256, "content": "[X]", **FLAGS, **flags},
-             {"id": 257, "content": "[X]Y", **FLAGS, **flags}]
+    added = [{"content": content, **FLAGS, **flags} for content in ("[X]", "[X]Y")]
     theirs, ours = small(tmp_path, added_tokens=added, normalizer={"type": "Lowercase"})
     for text in ("a [X] b", "a[X]b", "[x]", "  [X]\n\n[X]", "[X]Yz", "a [x]y b", "\x1f [X] \x85c"):
         assert ours.encode(text) == theirs.encode(text).ids, text
@@ -493,10 +494,24 @@ def test_an_added_tokens_flags_are_obeyed(flags, tmp_path):
 
 
 def test_an_added_tokens_id_is_the_vocabularys_or_the_next_one_as_in_tokenizers(tmp_path):
-    added = [{"id": i, "content": c, **FLAGS} for i, c in ((900, "[X]"), (901, "a"), (7, "[Y]"))]
+    added = [{"content": content, **FLAGS} for content in ("[X]", "a", "[Y]")]
     theirs, ours = small(tmp_path, added_tokens=added)
     assert ours.encode("[Y]a[X]b") == theirs.encode("[Y]a[X]b").ids == [
         257, byte_vocab()["a"], 256, byte_vocab()["b"]]
+
+
+def test_an_added_token_that_says_another_id_than_it_gets_is_refused(tmp_path):
+    """As of a Qwen2.5 that was converted with its vocabulary's unused entries: tokenizers gives its
+    chat's tokens the ids of untrained embeddings, and says so on stderr alone."""
+    small(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["[PAD300]"] = 300
+    write_all(tmp_path, {"tokenizer.json": spec})
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode("<|endoftext|>").ids == [257]
+    says = r"'<\|endoftext\|>' says that its id is 256, and gets 257, in tokenizers, too"
+    with pytest.raises(ValueError, match=says):
+        load_tokenizer(tmp_path)
 
 
 def test_what_a_post_processor_adds_is_prefix_and_suffix(tmp_path):

@@ -290,18 +290,22 @@ def weights_sha256(source):
 
 
 def copy_tokenizer(source, folder):
-    """Write the tokenizer's files of a model, a folder or a GGUF file, into a folder."""
-    if Path(source).is_file():
-        for name, content in gguf_tokenizer_files(source).items():
-            write_json(Path(folder) / name, content)
-        return
+    """Write the tokenizer's files of a model, a folder or a GGUF file, into a folder, and take away
+    those of another one that are there."""
+    source, folder, further = Path(source), Path(folder), "additional_chat_templates"
+    written = gguf_tokenizer_files(source) if source.is_file() else {}
+    for name, content in written.items():
+        write_json(folder / name, content)
     for name in TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            with whole(Path(folder) / name) as part:
-                shutil.copy(Path(source) / name, part)
-    further = "additional_chat_templates"
-    if (Path(source) / further).is_dir():
-        shutil.copytree(Path(source) / further, Path(folder) / further, dirs_exist_ok=True)
+        if (source / name).exists():
+            with whole(folder / name) as part:
+                shutil.copy(source / name, part)
+        elif name not in written:
+            (folder / name).unlink(missing_ok=True)
+    if source.resolve() != folder.resolve():
+        shutil.rmtree(folder / further, ignore_errors=True)
+        if (source / further).is_dir():
+            shutil.copytree(source / further, folder / further)
 
 
 @contextlib.contextmanager

@@ -369,9 +369,10 @@ def questions(examples):
 
 def text_task(name, text):
     """A text in pieces of whole paragraphs, of 400 characters or more, as prompts to continue; the
-    last piece may be shorter, but of 160."""
+    last piece may be shorter, but of 160. Of 10,000 characters without an empty line a piece ends
+    at a blank, at a line's end if it can."""
     pieces, piece = [], ""
-    for paragraph in _paragraphs(text):
+    for paragraph in itertools.chain(*map(_cut_at_blanks, _paragraphs(text))):
         piece = f"{piece}\n\n{paragraph.strip()}".strip()
         if len(piece) >= 400:
             pieces.append(piece)
@@ -399,6 +400,13 @@ def split_text():
 
 def _paragraphs(text):
     return re.split(r"\n\s*\n", text)
+
+
+def _cut_at_blanks(paragraph):
+    """A paragraph as it is, or what is too long for one in parts of 400 to 4,000 characters."""
+    if len(paragraph) <= 10_000:
+        return [paragraph]
+    return re.findall(r"(?s:.{400,4000}?(?=\n|\Z)|.{400,4000}?(?=\s)|.{1,4000})", paragraph)
 
 
 def text_windows(tokenizer, text, windows=16, length=256):

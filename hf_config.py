@@ -44,7 +44,7 @@ INERT = set("""
     output_hidden_states output_attentions return_dict_in_generate output_scores is_decoder
     tie_encoder_decoder chunk_size_feed_forward gradient_checkpointing _flash_attn_2_enabled
     tokenizer_model_max_length tokenizer_padding_side model_max_length _num_labels output_past
-    predict_special_tokens finetuning_task task_specific_params problem_type
+    predict_special_tokens n_special finetuning_task task_specific_params problem_type
     id2label label2id num_labels tokenizer_class prefix n_ctx initializer_range
     resid_pdrop embd_pdrop attn_pdrop attention_dropout hidden_dropout dropout
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout

@@ -168,9 +168,11 @@ def _reason(error):
 
 # ------------------------------------------------------------------------------------ what is a row
 
-SYNONYMS = {"question": "prompt", "completion": "response", "answerKey": "answer"}
-UNREAD = ("context passage document documents history tools functions tool_calls image images "
-          "audio video videos chosen rejected").split()  # they would change what is asked
+SYNONYMS = {"question": "prompt", "completion": "response", "answerKey": "answer",
+            "system_prompt": "system"}
+UNREAD = ("context passage article story paragraph document documents table schema options history "
+          "tools functions tool_calls chat_template_kwargs image images image_path audio video "
+          "videos chosen rejected").split()  # they would change what is asked
 NOTHING = None, "", [], {}
 
 
@@ -184,15 +186,20 @@ def _read(row):
         raise ValueError(f"a row must be an object, not {_kind(row)}: {KNOWN}")
     _check_values(row)
     own = {key: row[key] for key in row if key in KEYS and row[key] is not None}
-    names = SYNONYMS | ({"answer": "response"} if own.keys() - {"system"} == QUESTION else {})
+    if "prompt" in own and own["prompt"] == first_asked(own.get("messages")):
+        del own["prompt"]  # it stands in "messages", too
+    system = {"system", "system_prompt"}
+    names = SYNONYMS | ({"answer": "response"} if own.keys() - system == QUESTION else {})
     renamed = {names.get(key, key): value for key, value in own.items()}
     if len(renamed) < len(own) or frozenset(renamed) not in READERS:
         found = ", ".join(key if row[key] is not None else f"{key} (null)" for key in row)
         raise ValueError(f"the keys {found or '(none)'} are not those of one form: {KNOWN}")
     for key in UNREAD:
-        if row.get(key) not in NOTHING:
+        if not _says_nothing(row.get(key)):
             raise ValueError(f'"{key}" is not read: put what belongs to the question into the '
                              "prompt, and leave the key out")
+    if row.get("label") is False:
+        raise ValueError('"label" is false, so the answer is a bad one: leave such rows out')
     try:
         return renamed, READERS[frozenset(renamed)](renamed)
     except ValueError as error:
@@ -200,6 +207,20 @@ def _read(row):
         for key in own.keys() & names.keys():  # name the key that stands in the file
             said = said.replace(f'"{names[key]}"', f'"{key}"')
         raise ValueError(said) from None
+
+
+def first_asked(turns):
+    """The first user's turn of a list of turns, or None."""
+    of_user = [turn.get("content") for turn in turns if isinstance(turn, dict)
+               and turn.get("role") == "user"] if isinstance(turns, list) else []
+    return of_user[0] if of_user else None
+
+
+def _says_nothing(value):
+    """Whether a key that is not read is empty, or an object of what is empty and of switches."""
+    if isinstance(value, dict):
+        return all(x in NOTHING or isinstance(x, bool) for x in value.values())
+    return value in NOTHING
 
 
 def _check_values(value):
@@ -252,6 +273,8 @@ def _turns(value, name):
         what = "is empty" if value == [] else f"must be a list of turns, not {_kind(value)}"
         raise ValueError(f"{name} {what}")
     turns = [_turn(turn, f"turn {n} of {name}") for n, turn in enumerate(value, 1)]
+    if turns[0]["role"] == "system" and not turns[0]["content"].strip() and turns[1:]:
+        turns[0]["content"] = ""
     first = int(turns[0]["role"] == "system")
     for n, turn in enumerate(turns[first:]):
         due = ("user", "assistant")[n % 2]
@@ -276,7 +299,8 @@ def _turn(turn, name):
         if not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
             raise ValueError(f"{name} has parts that are not text")
         content = "".join(_text(part.get("text"), f"a part of {name}", True) for part in content)
-    return {"role": turn["role"], "content": _text(content, f"the content of {name}")}
+    empty = turn["role"] == "system"
+    return {"role": turn["role"], "content": _text(content, f"the content of {name}", empty)}
 
 
 def _asked(value, name="prompt", system=None):
@@ -464,11 +488,14 @@ def same_answer(expected):
     >>> check = same_answer("Blue whale")
     >>> check(" blue  WHALE. "), check("a blue whale"), check("<think>Eh</think>blue whale")
     (True, False, True)
+    >>> same_answer('{"a": 1}')('<think>{"b": 2}?</think>{"a": 1}')
+    True
     """
     expected = expected.rpartition("</think>")[2]
     if expected.lstrip().startswith("{"):
         try:
-            return same_json(json.loads(expected))
+            check = same_json(json.loads(expected))
+            return lambda answer: check(answer.rpartition("</think>")[2])
         except (ValueError, RecursionError):
             pass
     return lambda answer: _normal(answer.rpartition("</think>")[2]) == _normal(expected)

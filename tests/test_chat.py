@@ -16,6 +16,7 @@ import fast
 import model
 import prepare
 import template
+from checkpoint import copy_tokenizer
 from data import (
     Example,
     Task,
@@ -744,3 +745,17 @@ def test_a_whole_run_with_a_prefix_several_ends_and_a_template(tmp_path):
         assert saved.eos_ids == (2, 0) and saved.chat_template == QWEN3
         assert saved.chat([SYSTEM, said("user", "x")]) == ours.chat([SYSTEM, said("user", "x")])
         assert (tmp_path / "out" / student / "additional_chat_templates" / "rag.jinja").exists()
+
+
+def test_a_student_has_no_file_of_the_tokenizer_that_was_there_before(folder, tmp_path):
+    """The second run into the same --out is of another model."""
+    with_template(tmp_path / "model", QWEN3)
+    generation_config(tmp_path / "model", [2, 0])
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    (tmp_path / "student").mkdir()
+    for source in (tmp_path / "model", folder):
+        copy_tokenizer(source, tmp_path / "student")
+    wanted = {path.name: path.read_text() for path in folder.glob("*token*")}
+    assert {p.name: p.read_text() for p in (tmp_path / "student").iterdir()} == wanted
+    copy_tokenizer(tmp_path / "model", tmp_path / "model")  # onto itself: all of it stays
+    assert (tmp_path / "model" / "additional_chat_templates").exists()

@@ -25,6 +25,7 @@ from data import (
     split_text,
     student_prompt,
     teacher_prompt,
+    text_task,
     text_windows,
     tooluse,
 )
@@ -415,6 +416,17 @@ def test_text_file_task(tmp_path):
     (tmp_path / "notes.txt").write_text("Too short.\n\n" * 12)
     with pytest.raises(ValueError, match="notes.*160"):
         load_task(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize("blank", ["\n", " ", ""])
+def test_a_text_without_empty_lines_is_cut_into_pieces(blank):
+    """One document a line, one line, or not even a blank: nothing is lost, and no piece is huge."""
+    text = blank.join("abcdefgh " * 9 + str(n) for n in range(1000))
+    pieces = [e.prompt for e in text_task("text", text).train]
+    assert len(pieces) >= 15 and max(map(len, pieces)) <= 4000 and min(map(len, pieces)) >= 160
+    assert re.sub(r"\s", "", "".join(pieces)) == re.sub(r"\s", "", text)
+    if blank == "\n":
+        assert all(re.match("abcdefgh ", piece) for piece in pieces)
 
 
 def test_split_text_has_no_paragraph_in_both_halves():

@@ -47,7 +47,8 @@ METHODS = [  # of a training on a new task, compared at equal gain (fronts.py)
     "--recover sft --interpolate 0.25,0.5,0.75", "--recover sft --anchor 1", "--recover kd",
     "--recover own", "--recover sdft", "--loss reverse_kl", "--skip-tokens 3", "--demo quote"]
 DOUBLED = "6.5e-5", "1.3e-4", "2.6e-4", "5.2e-4", "1.04e-3", "2.08e-3", "4.16e-3"
-FAIR = [f"{method} --lr-fraction {fraction} --keep last --measure-every 5 --eval-limit 150"
+FAIR = [f"{method} --lr-fraction {fraction} --keep last --measure-every 5 --eval-limit 192 "
+        "--rollout-tokens 36 --cka-samples 4 --teacher-check 0"  # a tool call has up to 35 tokens
         for method in METHODS for fraction in DOUBLED]
 SMALL = "runs/small/student"  # of Table 5: the default model without three tenths of its neurons
 SEEDS = (0, 1, 2)

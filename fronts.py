@@ -6,9 +6,9 @@ between start and end (--interpolate). A point's gain is that of the trained tas
 the model that training began with; its retention, the mean change of the other accuracies against
 the healthy model. A method is a run's options but for learning rate and seed.
 
-Half of each test's items choose: by the first seed a method's learning rate, and which of its
-points lie on its front. What is reported is read on the other half. Neighbours of a test ask about
-one thing, so that blocks of items are what is chosen with, scored with, and drawn.
+Half of each test's items choose: by the first seed a method's learning rate, and by all seeds which
+of its points lie on its front. What is reported is read on the other half. Neighbours of a test ask
+about one thing, so that blocks of items are what is chosen with, scored with, and drawn.
 """
 import dataclasses
 import re
@@ -190,33 +190,54 @@ def retention(point, data, part):
 
 
 def front(points, data):
-    """The points that no other of these beats in both gain and retention, on the items that choose;
-    without those that gained nothing."""
+    """The corners of the upper hull of the start and those of these points that gained something,
+    by gain and retention on the items that choose: a straight line between two points is what a
+    coin thrown between the two models gives, and one that lies below it is of no use."""
     scored = [(gain(p, data, CHOSEN), retention(p, data, CHOSEN), p) for p in points]
-    found, best = [], -np.inf
-    for gained, kept, p in sorted(scored, key=lambda x: (-x[0], -x[1])):
-        if gained > 0 and kept > best:
-            found.append(p)
-            best = kept
-    return found[::-1]
+    hull = [(0.0, kept_at_start(points[0], data, CHOSEN), None)] if points else []
+    for x, y, p in sorted(scored, key=lambda point: point[:2]):
+        if x > 0:
+            while len(hull) > 1 and not_above(hull[-1], hull[-2], (x, y)):
+                hull.pop()
+            hull.append((x, y, p))
+    return [p for *_, p in hull[1:]]
+
+
+def not_above(point, before, after):
+    """Whether a point (x, y, …) lies on the line from one before it to one after it, or below.
+
+    >>> [not_above((1, 1), (0, 0), after) for after in ((2, 3), (2, 2), (2, 1), (1, 2))]
+    [True, True, False, True]
+    """
+    rise, whole = point[1] - before[1], after[1] - before[1]
+    return rise * (after[0] - before[0]) <= whole * (point[0] - before[0]) + 1e-9
+
+
+def kept_at_start(point, data, part):
+    """The retention of the model that training began with."""
+    once = weights_of(point, part)
+    return float(change(point.start, point.healthy, retained(point, data), once)[0])
 
 
 def at_chosen_rate(points, data, wanted):
     """A method's points at one learning rate: that which retains most at the wanted gain, or where
     none gets there, that gains most, by the first seed on the items that choose; none whose
     training the guard ended at that seed. [] where there is no such rate."""
-    rates = {}
+    rates, first = {}, min(p.seeds[0] for p in points)
     for p in points:
         rates.setdefault(p.rate, []).append(p)
+    by_first = {rate: [of_first_seed(p) for p in found if p.seeds[0] == first]
+                for rate, found in rates.items()}  # a seed that ended early has points of its own
 
-    def merit(found):
+    def merit(rate):
         """(retention at the wanted gain, -inf beyond the front; the greatest gain)."""
-        found = list(map(of_first_seed, found))
+        found = by_first[rate]
         line, gains = front(found, data), [gain(p, data, CHOSEN) for p in found]
         others, once = retained(found[0], data), weights_of(found[0], CHOSEN)
         kept = retained_at(line, data, wanted, others, once)[0] if line else np.nan
         return -np.inf if np.isnan(kept) else kept, max(gains)
-    found = max((f for f in rates.values() if not f[0].ended[0]), key=merit, default=[])
+    whole = [rate for rate, found in by_first.items() if found and not found[0].ended[0]]
+    found = rates[max(whole, key=merit)] if whole else []
     most = max((p.seeds for p in found), key=len, default=())
     return [p for p in found if p.seeds == most]  # without the late ones where a seed ended early
 
@@ -252,9 +273,7 @@ def kl_at(points, data, wanted, text):
 def after(points, data, seconds):
     """(gain, retention) after so many seconds of training, between a way's points in time."""
     way = sorted((p.seconds, gain(p, data, SCORED), retention(p, data, SCORED)) for p in points)
-    once, first = weights_of(points[0], SCORED), points[0]
-    kept = change(first.start, first.healthy, retained(first, data), once)[0]
-    x, *ys = np.array([(0.0, 0.0, kept), *way]).T
+    x, *ys = np.array([(0.0, 0.0, kept_at_start(points[0], data, SCORED)), *way]).T
     return [float(np.interp(seconds, x, y)) for y in ys]
 
 
@@ -282,25 +301,26 @@ def best_gain(lines, data):
 
 
 def difference(one, other, data, wanted, samples=1000):
-    """(a - b, low, high): retention of two fronts, of the same seeds, at a wanted gain, with its
-    95 % interval; () where one of them, or some seed, or one draw in forty, does not get there.
+    """(a - b, low, high): retention of two fronts at a wanted gain, the mean over the seeds, which
+    are the same, with its 95 % interval; () where one of the two does not get there at some seed.
 
-    The interval is that of a bootstrap over blocks of items, drawn alike for the two, and that of
-    the seeds' mean by Student's t, the two widths added in square. Of one seed it is not known.
+    The interval is that of a bootstrap over blocks of the retained tests' items, drawn alike for
+    the two, and that of the seeds' mean by Student's t, the two widths added in square. The gain is
+    that on all of the trained task's items, in each draw. Of one seed the interval is not known.
     """
-    def apart(weights):
-        """Of each column of weights."""
-        return np.subtract(*(retained_at(points, data, wanted, metrics, weights)
-                             for points in (one, other)))
     metrics, n = retained(one[0], data), len(one[0].seeds)
-    items, alike = weights_of(one[0], SCORED, samples)
-    drawn = apart((items, alike))
-    each = apart(({m: w[:, :1].repeat(n, 1) for m, w in items.items()}, np.eye(n)))
-    if np.isnan([drawn[0], *each]).any() or np.isnan(drawn).mean() > 0.025:
+    items, _ = weights_of(one[0], SCORED, samples)
+    for m in trained(one[0], data):
+        items[m] = items[m][:, :1].repeat(1 + samples, 1)
+    drawn = np.array([np.subtract(*(  # [seeds, 1 + samples]
+        retained_at(points, data, wanted, metrics, (items, np.eye(n)[:, [k]]))
+        for points in (one, other))) for k in range(n)])
+    if np.isnan(drawn).any():
         return ()
-    low, high = np.array(tables.bounds(list(drawn[1:]))) - drawn[0]
-    seeds = STUDENT[n] * each.std(ddof=1) / n ** 0.5 if n in STUDENT else np.nan
-    return tuple(float(drawn[0] + x) for x in (0, -np.hypot(low, seeds), np.hypot(high, seeds)))
+    value, *draws = drawn.mean(0)
+    low, high = np.array(tables.bounds(draws)) - value
+    seeds = STUDENT[n] * drawn[:, 0].std(ddof=1) / n ** 0.5 if n in STUDENT else np.nan
+    return tuple(float(value + x) for x in (0, -np.hypot(low, seeds), np.hypot(high, seeds)))
 
 
 def told(found):
@@ -316,9 +336,9 @@ def told(found):
 
 
 def answer(points, data):
-    """(seeds; SDFT's retention less SFT's at half of the best gain, as text; which of them keeps
-    more, by whether the interval is off 0): the question of RESULTS.md, and the rule that was
-    written down there before the first run."""
+    """(seeds; SDFT's retention less SFT's at half of the best gain, or at a quarter if one of them
+    does not get as far, as text; which of them keeps more, by whether the interval is off 0): the
+    question of RESULTS.md, and the rule that was written down there before the first run."""
     lines = lines_of(points, data)
     if not {SDFT, SFT} <= set(lines):
         return "", "", "not known: both must be there, and gain"
@@ -326,12 +346,13 @@ def answer(points, data):
     if one[0].seeds != other[0].seeds or any(one[0].ended + other[0].ended):
         return "", "", "not known: not the same seeds, or the guard ended one"
     best = best_gain(lines, data)
-    found = difference(one, other, data, best / 2) if best > 0 else ()
-    if not found:
+    half, quarter = (difference(one, other, data, share * best) for share in (0.5, 0.25))
+    if best <= 0 or not (half or quarter):
         return "", "", "not known: one of them does not gain so much"
-    _, low, high = found
+    _, low, high = found = half or quarter
     word = "SDFT keeps more" if low > 0 else "SFT keeps more" if high < 0 else "not decided"
     word = word if len(one[0].seeds) > 1 else "not known: one seed"
+    word += "" if half else ", at a quarter: one does not gain half"
     return ", ".join(map(str, one[0].seeds)), told(found), word
 
 
@@ -401,21 +422,33 @@ def shown(value, digits=1):
 
 
 def tuned_table(runs):
-    """Each method at its chosen learning rate: at its last step, and in as many seconds of training
-    as the fastest method took for all of its steps."""
+    """Each method at its chosen learning rate (an asterisk: the lowest or the highest): at its last
+    step, and in as many seconds of training as the fastest method takes for all of its steps; a
+    method's step takes what it took at the least, of all its runs, since other work slows some."""
     rows = ["| trained on | from | method | rate | seeds | gain | retention | KL | seconds | in | "
             "gain | retention |", "|" + "---|" * 12]
     for (data, damage), points in scenes(runs).items():
-        ways = chosen([p for p in points if p.part == 1], data)
+        ways = {m: timed([p for p in way if p.part == 1], points)
+                for m, way in chosen(points, data).items() if any(p.part == 1 for p in way)}
+        rates = {m: {p.rate for p in points if p.method == m} for m in ways}
         ends = {m: max(way, key=lambda p: p.step) for m, way in ways.items()}
         seconds = min((p.seconds for p in ends.values()), default=0.0)
         for method, p in ends.items():
-            cells = [data, damage, f"`{method}`", f"{p.rate:.1e}", str(len(p.seeds)),
+            edge = len(rates[method]) > 1 and p.rate in (min(rates[method]), max(rates[method]))
+            cells = [data, damage, f"`{method}`", f"{p.rate:.1e}{'*' * edge}", str(len(p.seeds)),
                      shown(gain(p, data, SCORED)), shown(retention(p, data, SCORED)),
                      shown(next(iter(p.kl.values()), np.nan), 3), f"{p.seconds:.0f}",
                      f"{seconds:.0f} s", *map(shown, after(ways[method], data, seconds))]
             rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def timed(way, points):
+    """The points of a way, each with the seconds that so many steps of its method take at the
+    least, of all these points."""
+    least = min(p.seconds / p.step for p in points
+                if (p.method, p.part) == (way[0].method, 1) and p.step)
+    return [dataclasses.replace(p, seconds=p.step * least) for p in way]
 
 
 def best_runs(folder, n):

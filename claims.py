@@ -546,8 +546,10 @@ def claimed(folder, metric, where, stage="recovered", control=""):
         way = runs and on_the_way(runs, metric, ("healthy", "degraded", stage))
         if way:
             sound = control and runs_of(folder, control.replace("/", f"{suffix}/"))
-            here.append(f"{model} {way}" + f" (n = {len(runs)})" * (len(runs) != 3)
-                        + (f" (undamaged: {value(sound, metric)})" if sound else ""))
+            here.append(f"{model} {way}" + f" (n = {len(runs)})" * (len(runs) != 3))
+            if sound:
+                few = f", n = {len(sound)}" * (len(sound) != 3)
+                here[-1] += f" (undamaged: {value(sound, metric)}{few})"
             verdicts.append(f"{model}: {verdict(runs, metric, stage)}")
     alike = {said.split(": ", 1)[1] for said in verdicts}
     said = alike.pop() if len(alike) == 1 else "; ".join(verdicts)

@@ -207,7 +207,7 @@ def test_tables_2_and_3_stand_beside_the_papers_numbers(tmp_path):
     table = claims.TABLES["table2"](tmp_path)
     assert "| 40.0 | 44.0 | 3 |" in table and "| 17.00 | | 3 |" in table
     assert "--degrade none`" in table
-    assert "Qwen 28.0 → 5.0 → 40.0 (undamaged: 44.0) |" in claims.claims(tmp_path, "")
+    assert "Qwen 28.0 → 5.0 → 40.0 (undamaged: 44.0, n = 1) |" in claims.claims(tmp_path, "")
 
 
 @pytest.mark.parametrize("now, word", [

@@ -277,7 +277,7 @@ def measure(o, kind, **changes):
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             flags.append(flag)
-        elif value not in (False, ""):
+        elif value is not False and value != "":
             flags.append(f"{flag}={value}")
     done = subprocess.run(
         [sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True,

@@ -42,7 +42,8 @@ def start(device):
         torch.cuda.set_device(device)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False)  # torchrun keeps it
+    store = dist.TCPStore(host, port, is_master=False)  # torchrun keeps it, also when it restarts
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     signal.signal(signal.SIGTERM, _peer_lost)  # what torchrun sends when another one has died

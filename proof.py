@@ -98,6 +98,8 @@ def tokens_in(batch):
 
 def show_plan(run, times):
     """Print the stages, and what each takes."""
+    if parallel.rank():
+        return
     c, evaluation = run.config, run.evaluation
     questions = sum(map(len, evaluation.splits.values()))
     windows = sum(map(len, evaluation.windows.values()))
@@ -130,14 +132,15 @@ def show_plan(run, times):
 
 # ------------------------------------------------------------------------------------- afterwards
 
-def verify(folder):
-    """Measure the students that a finished run left in a folder, and its healthy model, again, and
-    print which numbers agree; returns 0 if all do, else 1.
+def verify(config):
+    """Measure the students that a finished run left in the folder --verify, and its healthy model,
+    again, on this config's device, and print which numbers agree; returns 0 if all do, else 1.
 
     ValueError, FileNotFoundError for a folder that is none of a finished run of this version.
     """
-    folder = Path(folder)
+    folder = Path(config.verify)
     results, c = results_in(folder)
+    c.device, c.shard = config.device, False
     run, good = prepare(c), True
     for name in ("model_sha256", "data_sha256", "eval_sha256", "text_sha256"):
         good &= same("what was read", name, results["environment"].get(name), run.facts[name])
@@ -148,16 +151,19 @@ def verify(folder):
         path = resume.student_of(folder, lesson.stage)
         models[lesson.stage] = frozen_copy(GPT.from_pretrained(path), getattr(torch, c.dtype))
     for stage, model in models.items():
-        m = evaluate.measure(run.evaluation, model.to(c.device), run.kept, f"measure {stage}")
+        progress = f"measure {stage}" if parallel.rank() == 0 else ""
+        m = evaluate.measure(run.evaluation, model.to(c.device), run.kept, progress)
         if stage == "healthy":
             keep_states(run, model)
         for metric in m.items:
             good &= same(stage, metric, results["stages"][stage][metric], m.value(metric))
         for level, kinds in m.cka.items():
             for kind, values in kinds.items():
-                then = results["cka"][level][stage][kind]
-                good &= same(stage, f"CKA, {level}, {kind}, last layer", then[-1], values[-1])
-    print("all agree" if good else "not all agree")
+                then = results["cka"].get(level, {}).get(stage)
+                if then:  # not of a student that is the healthy model itself
+                    now = evaluate.finite_or_none(values[-1])
+                    good &= same(stage, f"CKA, {level}, {kind}, last layer", then[kind][-1], now)
+    say("all agree" if good else "not all agree")
     return 0 if good else 1
 
 
@@ -180,5 +186,11 @@ def same(what, name, then, now):
     numbers = isinstance(then, (int, float)) and isinstance(now, (int, float))
     agree = math.isclose(then, now, rel_tol=1e-6, abs_tol=1e-9) if numbers else then == now
     shown = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in (then, now)]
-    print(f"  {what}: {name} {shown[0]}" + (", agrees" if agree else f" then, {shown[1]} now"))
+    say(f"  {what}: {name} {shown[0]}" + (", agrees" if agree else f" then, {shown[1]} now"))
     return agree
+
+
+def say(line):
+    """Print it, from one process."""
+    if parallel.rank() == 0:
+        print(line)

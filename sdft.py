@@ -230,7 +230,8 @@ def sft(model, batches, *, answer=None, anchor=None, anchor_weight=0.0, micro_ba
                 with torch.no_grad():
                     held = anchor.head(score(anchor, [p.student for p in prompts], ys)[-1])
                 every = torch.ones(len(targets), device=logits.device)
-                kl = forward_kl(logits, held, every) * len(targets) / tokens
+                v = min(logits.size(-1), held.size(-1))  # the ids that both know
+                kl = forward_kl(logits[:, :v], held[:, :v], every) * len(targets) / tokens
                 loss = loss + anchor_weight * kl
             loss.backward()
             line["loss"] += loss.item()

@@ -678,8 +678,9 @@ def main(argv=None):
         what = "interrupted" if isinstance(stopped, KeyboardInterrupt) else \
             "another process of this run has died"
         return complain(f"{what}; {resume.how_to_go_on(config)}", 1)
+    first = parallel.rank() == 0
     parallel.stop()
-    return code if parallel.rank() == 0 else 0  # torchrun ends the others when one has failed
+    return code if first else 0  # torchrun ends the others when one has failed
 
 
 def whole_run(config, interrupt):
@@ -688,7 +689,7 @@ def whole_run(config, interrupt):
         check_bounds(config)
         if config.verify or config.dry_run:
             import proof
-            return proof.verify(config.verify) if config.verify else proof.dry_run(config)
+            return proof.verify(config) if config.verify else proof.dry_run(config)
         run = prepare(config)
         resume.begin(run)
     except ValueError as error:

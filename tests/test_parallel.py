@@ -147,3 +147,12 @@ def test_a_run_whose_peer_is_killed_says_so_in_one_line_and_goes_on_to_the_same_
     assert found == right
     weights = [(out / "student" / "model.safetensors").read_bytes() for out in (broken, whole)]
     assert weights[0] == weights[1]
+
+
+def test_a_run_that_the_guard_ends_writes_all_of_it_first(folder, tmp_path):
+    """Only the process that writes says, by its exit code, that something went wrong: torchrun ends
+    the others, and all the rest, when one has failed."""
+    far = "--steps", "2", "--lr", "1e9"
+    codes, said = run(launch_two, tmp_path / "out", "--model", folder, *far)
+    assert codes == [1, 0] and "recovered: step" in said
+    assert (tmp_path / "out" / "student" / "model.safetensors").exists()

@@ -40,6 +40,13 @@ def test_a_finished_run_verifies(done, capsys):
         assert line in said
 
 
+def test_a_student_that_nothing_was_done_to_verifies(folder, tmp_path, capsys):
+    options = "--recover", "none,sft", "--degrade", "none", "--model", str(folder)
+    assert train.main([*QUICK, *options, "--out", str(tmp_path / "out")]) == 0
+    assert train.main(["--verify", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith("all agree\n")
+
+
 @pytest.mark.parametrize("change, named", [
     ("student", "recovered_sft: perplexity"), ("results", "healthy: perplexity"),
     ("model", "what was read: model_sha256")])

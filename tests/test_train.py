@@ -493,3 +493,17 @@ def test_a_text_may_have_the_name_of_a_task(folder, tmp_path):
     assert job(folder, tmp_path / "out", "--data", both) == 0
     assert set(results(tmp_path / "out")["stages"]["healthy"]) == {"words_held_out", "perplexity"}
 
+
+
+@pytest.mark.parametrize("ours, theirs", [(8, 0), (0, 8)])
+def test_a_student_whose_vocabulary_is_padded_otherwise_is_measured_and_taught(
+        ours, theirs, tmp_path, monkeypatch):
+    """Its losses, and KL(healthy || student), compare the ids that both know."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "student", padding=ours)
+    make_folder(tmp_path / "model", padding=theirs)
+    assert train.main([*"--model model --student student --recover sft,kd --anchor 1 --steps 2 "
+                       "--batch-size 4 --eval-limit 4 --eval-tokens 4 --cka-samples 4 "
+                       "--group-size 16 --teacher-check 0".split()]) == 0
+    kl = json.loads((tmp_path / "out" / "results.json").read_text())["kl"]["perplexity"]
+    assert all(0 <= value < 1 for value in kl.values())

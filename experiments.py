@@ -126,7 +126,9 @@ def parse_experiments(argv):
                         "of each method the run at its chosen learning rate")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once [1]; two on two cores "
                         "take four fifths of the time of one after the other")
-    asked, further = parser.parse_known_args(argv)
+    words = [part for word in argv for part in (  # --eval=x is --eval x
+        word.split("=", 1) if word.startswith("--") else [word])]
+    asked, further = parser.parse_known_args(words)
     if asked.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {asked.jobs}")
     if "table5" in asked.experiments and ("--model" in further) != ("--bootstrap" in further):
@@ -197,7 +199,7 @@ def run_experiment(name, seeds, further, best=False, jobs=1):
     all_done([partial(run, f"{runs[number]} --seed {seed}", folder / f"{number}-{seed}", further,
                       jobs=jobs)
               for seed in seeds for number in wanted
-              if seed == seeds[0] or depends_on_seed(runs[number])], jobs)
+              if seed == seeds[0] or depends_on_seed(runs[number], further)], jobs)
     report([folder], str(folder))
 
 
@@ -213,13 +215,15 @@ def all_done(calls, jobs):
         one.result()
 
 
-def depends_on_seed(options):
+def depends_on_seed(options, further=()):
     """Whether a run's numbers do: it trains, or its damage looks at training examples.
 
     >>> [depends_on_seed(f"--degrade {how} --recover none") for how in ("nf4", "ffn10", "wanda2:4")]
     [False, True, True]
     """
-    return "--recover none" not in options or bool(re.search("ffn|wanda|forget", options))
+    options = " ".join(with_options(options.split(), list(further)))
+    ways = re.findall(r"--recover (\S+)", options)
+    return ways[-1:] != ["none"] or bool(re.search("ffn|wanda|forget|bootstrap", options))
 
 
 def runs_of(name, further):

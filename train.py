@@ -361,6 +361,9 @@ def interpolate(run, student, start, lesson):
     if not start:  # it was not asked for
         return
     parameters, end = resume.trained_parameters(student), copies_of(student)
+    names = [name for name, p in student.named_parameters() if p.requires_grad]
+    if run.config.lora:  # of B A, B = 0 at the start, B alone goes: then the weights go straight
+        start = [z if name.endswith(".a") else a for name, a, z in zip(names, start, end)]
     for part in map(float, parts_of(run.config)):
         for p, first, last in zip(parameters, start, end):
             p.copy_(first.lerp(last, part))

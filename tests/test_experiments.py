@@ -156,3 +156,15 @@ def test_what_an_experiment_and_its_caller_want_measured_is_measured():
     assert with_options(["--eval", "a", "--seed", "0"], ["--eval", "b,c", "--steps", "2"]) == [
         "--eval", "a,b,c", "--seed", "0", "--steps", "2"]
     assert with_options(["--seed", "0"], ["--eval", "b"]) == ["--seed", "0", "--eval", "b"]
+
+
+def test_an_option_with_an_equals_sign_is_that_option():
+    asked, further = experiments.parse_experiments(["table2", "--seeds=1", "--eval=a=b.jsonl"])
+    assert asked.seeds == (1,) and further == ["--eval", "a=b.jsonl"]
+    with pytest.raises(ValueError, match="table5 makes its own"):
+        experiments.parse_experiments(["table5", "--model=DIR"])
+
+
+def test_what_is_added_may_make_a_run_depend_on_its_seed():
+    assert not experiments.depends_on_seed("--degrade nf4 --recover none", ["--steps", "9"])
+    assert experiments.depends_on_seed("--degrade nf4 --recover none", ["--recover", "sdft"])

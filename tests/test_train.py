@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import data
 import evaluate
 import fast
+import parallel
 import sdft
 import train
 from damage import damage_
@@ -290,6 +291,21 @@ def test_ways_of_training(options, dtype, folder, tmp_path):
 
 
 # --------------------------------------------------------------------- teachers, ways, histories
+
+@pytest.mark.parametrize("options", ["--lora 2", "--train-embeddings"])
+def test_half_of_the_way_is_the_mean_of_both_ends(options, folder, tmp_path, monkeypatch):
+    """Of the weights, not of LoRA's two factors."""
+    found = []
+    monkeypatch.setattr(train, "measure_along", lambda run, student, *_: found.append(
+        parallel.plain_copy(student, torch.float32).state_dict()))
+    assert job(folder, tmp_path, *options.split(), "--degrade", "none", "--dtype", "float32",
+               "--lr", "0.1", "--interpolate", "0.5") == 0
+    (half,), start = found, GPT.from_pretrained(folder).state_dict()
+    end = GPT.from_pretrained(tmp_path / "student").state_dict()
+    for name, w in half.items():
+        torch.testing.assert_close(w, (start[name] + end[name]) / 2, rtol=1e-4, atol=1e-5)
+    assert any((end[name] - w).abs().max() > 0.01 for name, w in half.items())
+
 
 @pytest.mark.parametrize("options", ["--lora 2", "--degrade none --recover sft --anchor 0.5"])
 def test_a_recovery_is_measured_on_its_way_and_between_its_two_ends(options, folder, tmp_path):

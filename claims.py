@@ -251,8 +251,7 @@ def guard_table(folder):
 def lora_table(folder):
     """LoRA's recovery."""
     return table(rows_of(folder, ("SmolLM2, `int4`, `--lora 16`", "lora/0"),
-                         ("Qwen, `nf4`, `--lora 16`", "lora-qwen/0"),
-                         ("Qwen, `nf4`, `--lora 16`", "lora-qwen-cpu/0")), SHORT)
+                         ("Qwen, `nf4`, `--lora 16`", "lora-qwen/0")), SHORT)
 
 
 # ------------------------------------------------------------------------------ The paper's tables

@@ -273,7 +273,7 @@ def compression_table(folder, experiment):
     for model, suffix in MODELS.items():
         for n, task in enumerate(("science", "tooluse")):
             runs = with_mean(runs_of(folder, f"{experiment}{suffix}/{n}"))
-            sound = runs_of(folder, f"control{suffix}/{n}") if runs else []
+            sound = with_mean(runs_of(folder, f"control{suffix}/{n}")) if runs else []
             used += runs, sound
             for metric in runs[0]["stages"]["healthy"] if runs else ():
                 way = [value(runs, metric, s) for s in ("healthy", "degraded", "recovered")]

@@ -193,10 +193,10 @@ def contains(key):
     >>> check = contains("gold")
     >>> check("It is Gold."), check("It is golden.")
     (True, False)
-    >>> contains("12")("It is 12."), contains("12")("12, I think"), contains("12")("12.01")
-    (True, True, False)
+    >>> [contains("12")(answer) for answer in ("It is 12.", "8,12,20", "12.01", "12,000")]
+    [True, True, False, False]
     """
-    before, after = (r"(?<!\d[.,])", r"(?![.,]\d)") if key.isdigit() else ("", "")
+    before, after = (r"(?<!\d\.)", r"(?!\.\d)(?!,\d{3}(?!\d))") if key.isdigit() else ("", "")
     word = re.compile(rf"(?<!\w){before}{re.escape(key)}(?!\w){after}", re.IGNORECASE)
     return lambda answer: word.search(answer) is not None
 

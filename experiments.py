@@ -126,9 +126,9 @@ def parse_experiments(argv):
                         "of each method the run at its chosen learning rate")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once [1]; two on two cores "
                         "take four fifths of the time of one after the other")
-    words = [part for word in argv for part in (  # --eval=x is --eval x
+    asked, further = parser.parse_known_args(argv)
+    further = [part for word in further for part in (  # --eval=x is --eval x
         word.split("=", 1) if word.startswith("--") else [word])]
-    asked, further = parser.parse_known_args(words)
     if asked.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {asked.jobs}")
     if "table5" in asked.experiments and ("--model" in further) != ("--bootstrap" in further):

@@ -424,11 +424,12 @@ def shown(value, digits=1):
 def tuned_table(runs):
     """Each method at its chosen learning rate (an asterisk: the lowest or the highest): at its last
     step, and in as many seconds of training as the fastest method takes for all of its steps; a
-    method's step takes what it took at the least, of all its runs, since other work slows some."""
+    step takes what it took at the least up to any of the way's points, since other work slows some.
+    """
     rows = ["| trained on | from | method | rate | seeds | gain | retention | KL | seconds | in | "
             "gain | retention |", "|" + "---|" * 12]
     for (data, damage), points in scenes(runs).items():
-        ways = {m: timed([p for p in way if p.part == 1], points)
+        ways = {m: timed([p for p in way if p.part == 1])
                 for m, way in chosen(points, data).items() if any(p.part == 1 for p in way)}
         rates = {m: {p.rate for p in points if p.method == m} for m in ways}
         ends = {m: max(way, key=lambda p: p.step) for m, way in ways.items()}
@@ -443,11 +444,10 @@ def tuned_table(runs):
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
-def timed(way, points):
-    """The points of a way, each with the seconds that so many steps of its method take at the
-    least, of all these points."""
-    least = min(p.seconds / p.step for p in points
-                if (p.method, p.part) == (way[0].method, 1) and p.step)
+def timed(way):
+    """The points of a way, each with the seconds that so many steps take at the least, by these
+    points."""
+    least = min((p.seconds / p.step for p in way if p.step), default=0.0)
     return [dataclasses.replace(p, seconds=p.step * least) for p in way]
 
 

@@ -311,7 +311,7 @@ def verdict(runs, metric, stage="recovered"):
     changes = [r["change"].get(stage, {}).get(metric) for r in runs]
     if not any(changes):
         return ""
-    word, seeds = collections.Counter(changes).most_common(1)[0]
+    word, seeds = collections.Counter(filter(None, changes)).most_common(1)[0]
     if seeds * 2 <= len(changes):
         return "seeds disagree"
     if word != "better":

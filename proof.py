@@ -134,13 +134,17 @@ def show_plan(run, times):
 
 def verify(config):
     """Measure the students that a finished run left in the folder --verify, and its healthy model,
-    again, on this config's device, and print which numbers agree; returns 0 if all do, else 1.
+    again, and print which numbers agree; returns 0 if all do, else 1. On the run's own device, but
+    where another one was asked for, or that one is not here.
 
     ValueError, FileNotFoundError for a folder that is none of a finished run of this version.
     """
     folder = Path(config.verify)
     results, c = results_in(folder)
-    c.device, c.shard = config.device, False
+    absent = c.device.startswith("cuda") and not torch.cuda.is_available()
+    if absent or config.device != train.Config().device:
+        c.device = config.device
+    c.shard = False
     run, good = prepare(c), True
     for name in ("model_sha256", "data_sha256", "eval_sha256", "text_sha256"):
         good &= same("what was read", name, results["environment"].get(name), run.facts[name])

@@ -186,6 +186,8 @@ def _read(row):
         raise ValueError(f"a row must be an object, not {_kind(row)}: {KNOWN}")
     _check_values(row)
     own = {key: row[key] for key in row if key in KEYS and row[key] is not None}
+    if own.get("system_prompt") == "":
+        del own["system_prompt"]
     if "prompt" in own and own["prompt"] == first_asked(own.get("messages")):
         del own["prompt"]  # it stands in "messages", too
     system = {"system", "system_prompt"}
@@ -195,7 +197,7 @@ def _read(row):
         found = ", ".join(key if row[key] is not None else f"{key} (null)" for key in row)
         raise ValueError(f"the keys {found or '(none)'} are not those of one form: {KNOWN}")
     for key in UNREAD:
-        if not _says_nothing(row.get(key)):
+        if not _says_nothing(key, row.get(key)):
             raise ValueError(f'"{key}" is not read: put what belongs to the question into the '
                              "prompt, and leave the key out")
     if row.get("label") is False:
@@ -216,9 +218,9 @@ def first_asked(turns):
     return of_user[0] if of_user else None
 
 
-def _says_nothing(value):
-    """Whether a key that is not read is empty, or an object of what is empty and of switches."""
-    if isinstance(value, dict):
+def _says_nothing(key, value):
+    """Whether a key that is not read is empty, or a template's switches alone."""
+    if key == "chat_template_kwargs" and isinstance(value, dict):
         return all(x in NOTHING or isinstance(x, bool) for x in value.values())
     return value in NOTHING
 

@@ -159,8 +159,10 @@ def test_what_an_experiment_and_its_caller_want_measured_is_measured():
 
 
 def test_an_option_with_an_equals_sign_is_that_option():
-    asked, further = experiments.parse_experiments(["table2", "--seeds=1", "--eval=a=b.jsonl"])
-    assert asked.seeds == (1,) and further == ["--eval", "a=b.jsonl"]
+    for argv in (["table2", "--seeds=1", "--eval=a=b.jsonl"],
+                 ["--eval=a=b.jsonl", "--seeds=1", "table2"]):
+        asked, further = experiments.parse_experiments(argv)
+        assert asked.seeds == (1,) and further == ["--eval", "a=b.jsonl"]
     with pytest.raises(ValueError, match="table5 makes its own"):
         experiments.parse_experiments(["table5", "--model=DIR"])
 

@@ -40,6 +40,19 @@ def test_a_finished_run_verifies(done, capsys):
         assert line in said
 
 
+def test_a_run_of_another_machines_gpu_verifies_here(done, capsys):
+    """The tests see none; its weights are the same."""
+    path = done / "results.json"
+    text = path.read_text()
+    try:
+        path.write_text(text.replace('"device": "cpu"', '"device": "cuda:0"'))
+        assert path.read_text() != text
+        assert train.main(["--verify", str(done), "--device", "cpu"]) == 0
+    finally:
+        path.write_text(text)
+    assert capsys.readouterr().out.endswith("all agree\n")
+
+
 def test_a_student_that_nothing_was_done_to_verifies(folder, tmp_path, capsys):
     options = "--recover", "none,sft", "--degrade", "none", "--model", str(folder)
     assert train.main([*QUICK, *options, "--out", str(tmp_path / "out")]) == 0

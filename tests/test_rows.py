@@ -58,6 +58,8 @@ TALKS = {
                              ("One?", "1", "Be brief.", [])),
     "switches of a template": ({"messages": [USER, SAID], "chat_template_kwargs": {
         "enable_thinking": True, "custom_instructions": ""}}, ("One?", "1", "", [])),
+    "an empty system_prompt beside turns": ({"messages": [USER, SAID], "system_prompt": ""},
+                                            ("One?", "1", "", [])),
     "an answer that is marked good": ({"prompt": "One?", "completion": "1", "label": True},
                                       ("One?", "1", "", [])),
     "instruction": ({"instruction": "Add.", "input": "1 + 0", "output": "1"},
@@ -177,6 +179,7 @@ REFUSED = {  # what is wrong: the row, and what is said
     "ShareGPT": ({"conversations": [{"from": "human", "value": "a"}]}, "keys conversations"),
     "options": ({"question": "a", "options": ["b", "c"], "answer": "B"}, '"options" is not read'),
     "an article": ({"article": "a", "question": "b", "answer": "c"}, '"article" is not read'),
+    "options of switches": ({"prompt": "a", "response": "b", "options": {"A": True}}, '"options"'),
     "instructions to a template": ({"messages": [USER, SAID], "chat_template_kwargs": {
         "custom_instructions": "b"}}, '"chat_template_kwargs" is not read'),
     "an answer that is marked bad": ({"prompt": "a", "completion": "b", "label": False}, '"label"'),

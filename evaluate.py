@@ -192,9 +192,9 @@ def nats(model, windows, prefix=0, theirs=None, head=None):
         logits = model.head(x[first - 1:]).float()
         kl = 0.0
         if y is not None:
-            every, of_healthy = torch.ones(len(logits), device=logits.device), head(y[first - 1:])
-            v = min(logits.size(-1), of_healthy.size(-1))  # the ids that both know
-            kl = sdft.forward_kl(logits[:, :v], of_healthy[:, :v], every).item()
+            every = torch.ones(len(logits), device=logits.device)
+            both = sdft.known_to_both(logits, head(y[first - 1:]))
+            kl = sdft.forward_kl(*both, every).item()
         found.append((F.cross_entropy(logits, row[first:]).item(), kl))
     return found
 

@@ -189,9 +189,8 @@ def losses_of(student, s, teacher, t, answers, loss):
         targets = [torch.tensor(y, device=s.device) for y in answers]
         return [F.cross_entropy(x.float(), y).item() for x, y in zip(ours, targets)]
     theirs = teacher.head(t).split(lengths)
-    v = min(ours[0].size(-1), theirs[0].size(-1))  # the ids that both know
     every = [torch.ones(n, device=s.device) for n in lengths]
-    return [loss(x[:, :v], y[:, :v], m).item() for x, y, m in zip(ours, theirs, every)]
+    return [loss(*sdft.known_to_both(x, y), m).item() for x, y, m in zip(ours, theirs, every)]
 
 
 def distance_by_cka(run, student):

@@ -110,6 +110,12 @@ def _log_probs(logits):
     return F.log_softmax(logits.float(), dim=-1)
 
 
+def known_to_both(student_logits, teacher_logits):
+    """The two, [N, V] each, at the ids that both models know: a vocabulary may be padded."""
+    v = min(student_logits.size(-1), teacher_logits.size(-1))
+    return student_logits[:, :v], teacher_logits[:, :v]
+
+
 def _masked_mean(per_token, mask):
     mask = mask.to(per_token.dtype)
     return (per_token * mask).sum() / mask.sum()
@@ -145,15 +151,14 @@ def backward(loss, student, s, teacher, t, tokens, chunk=64):
         student_logits = student.head(leaf[rows])
         with torch.no_grad():
             teacher_logits = teacher.head(t[rows])
-        v = min(student_logits.size(-1), teacher_logits.size(-1))  # the ids that both know
-        logits = student_logits[:, :v], teacher_logits[:, :v]
+        ours, theirs = known_to_both(student_logits, teacher_logits)
         every = torch.ones(len(rows), device=s.device)
-        value = loss(*logits, every) * len(rows) / tokens
+        value = loss(ours, theirs, every) * len(rows) / tokens
         value.backward()
         with torch.no_grad():
             kl = value
             if loss not in (forward_kl, reverse_kl):
-                kl = reverse_kl(*logits, every) * len(rows) / tokens
+                kl = reverse_kl(ours, theirs, every) * len(rows) / tokens
             values += torch.stack((value, kl))
     slope = leaf.grad
     return values, (s * slope).sum()  # d total / d s = slope
@@ -230,8 +235,8 @@ def sft(model, batches, *, answer=None, anchor=None, anchor_weight=0.0, micro_ba
                 with torch.no_grad():
                     held = anchor.head(score(anchor, [p.student for p in prompts], ys)[-1])
                 every = torch.ones(len(targets), device=logits.device)
-                v = min(logits.size(-1), held.size(-1))  # the ids that both know
-                kl = forward_kl(logits[:, :v], held[:, :v], every) * len(targets) / tokens
+                ours, theirs = known_to_both(logits, held)
+                kl = forward_kl(ours, theirs, every) * len(targets) / tokens
                 loss = loss + anchor_weight * kl
             loss.backward()
             line["loss"] += loss.item()

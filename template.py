@@ -1,4 +1,5 @@
-"""A chat as a model's own template writes it: Jinja, rendered as transformers 5.23 renders it.
+"""A chat as a model's own template writes it: Jinja, rendered as transformers 5.23 renders it, but
+that today is TODAY.
 
 A template is a program that comes with a model. In Jinja's sandbox it cannot reach Python, and here
 it can neither run on for ever nor fill the memory. `write` is what the tokenizer calls.
@@ -29,6 +30,10 @@ TRANSCRIPT = """{% for m in messages %}{% if m.role == "system" %}{{ m.content }
 {% else %}Answer: {{ m.content }}
 
 {% endif %}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"""
+
+# What a template that writes today's date is told: with the real one the same command would give
+# other numbers tomorrow, and a run that goes on over night other prompts. It is Llama 3.2's own.
+TODAY = datetime(2024, 7, 26)
 
 # What a chat may take: lines of Python, seconds, characters, bytes of memory.
 STEPS, SECONDS, LONGEST, MEMORY = 1_000_000, 3, 10_000_000, 1 << 28
@@ -96,8 +101,8 @@ class Generation(Extension):
 def compiled(source):
     """A template's text as a Jinja template, with what transformers lets a template use.
 
-    What a template takes for now is the time of its compilation: a run has one date. Nothing of it
-    is computed here, not even what is constant (`optimized`; for outputs, `finalize`).
+    What a template takes for now is TODAY. Nothing of it is computed here, not even what is
+    constant (`optimized`; for outputs, `finalize`).
     """
     def raise_exception(message):
         raise TemplateError(message)
@@ -106,13 +111,12 @@ def compiled(source):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)
 
-    now = datetime.now()
     jinja = Sandbox(trim_blocks=True, lstrip_blocks=True,
                     extensions=[Generation, LoopControlExtension],
                     optimized=False, finalize=pass_context(lambda _, value: value))
     jinja.filters["tojson"] = tojson
     jinja.globals |= {"raise_exception": raise_exception,
-                      "strftime_now": lambda form: now.strftime(form)}
+                      "strftime_now": lambda form: TODAY.strftime(form)}
     return jinja.from_string(source)
 
 

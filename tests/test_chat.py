@@ -4,6 +4,7 @@ import random
 import re
 import time
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -347,9 +348,11 @@ def said(role, content):
 
 
 def written(theirs, messages, prompt=True):
-    """The ids of transformers' apply_chat_template."""
-    return theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True,
-                                      return_dict=False)
+    """The ids of transformers' apply_chat_template, on the day that it is here."""
+    with mock.patch("transformers.utils.chat_template_utils.datetime") as clock:
+        clock.now.return_value = template.TODAY
+        return theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True,
+                                          return_dict=False)
 
 
 WORDS = ["What's {gold}?", "{{ 7 * 7 }} {% if x %}", r"a\nb \\boxed{1}", "def f(x):\n\treturn 1",
@@ -377,6 +380,13 @@ def test_a_chat_is_what_transformers_writes(pair):
         assert ours.chat(messages) == expected, ours.decode(expected, keep_special=True)
         compared += 1
     assert compared >= 6
+
+
+def test_a_template_is_told_the_same_day_every_day(bpe, tmp_path):
+    source = 'Today is {{ strftime_now("%d %B %Y") }}. {{ messages[0].content }}'
+    save(tmp_path, bpe["qwen2"], source)
+    ours = load_tokenizer(tmp_path)
+    assert ours.decode(ours.chat([said("user", "Au?")])) == "Today is 26 July 2024. Au?"
 
 
 def test_a_chat_with_its_answer_is_the_whole_conversation_up_to_its_end(pair):

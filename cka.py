@@ -153,11 +153,10 @@ def hidden_states(model, sequences, last=False, done=None):
 
 def token_level(a, b):
     """{kind: [n_layer]}: §4.2, CKA over the tokens of each sequence, averaged over sequences."""
-    pairs = [(x, y) for x, y in zip(a, b) if x.size(1) >= 4]  # the debiased estimator needs 4
-    if not pairs:
+    each = [_all_kinds(x, y) for x, y in zip(a, b) if x.size(1) >= 4]  # debiased needs 4 tokens
+    if not each:
         raise ValueError("token-level CKA needs a sequence of at least 5 tokens")
-    each = (torch.stack(list(_all_kinds(x, y).values())) for x, y in pairs)
-    return dict(zip(KINDS, (sum(each, torch.zeros(())) / len(pairs)).tolist()))
+    return {kind: torch.stack([found[kind] for found in each]).mean(0).tolist() for kind in KINDS}
 
 
 def sample_level(a, b):

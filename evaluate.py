@@ -322,12 +322,11 @@ def compare(states, healthy):
 def over_tokens(states, healthy):
     """{kind: [n_layer]}: the mean of `cka.token_level` over the sequences of all processes, each of
     which reads its own."""
-    found = []
-    for x, y in zip(states, healthy):
-        if x.size(1) >= 4:  # the debiased estimator needs as many
-            found.append(list(cka.token_level([x], [y]).values()))
-    mean = torch.tensor(parallel.gather(found), dtype=torch.float64).mean(0)
-    return dict(zip(cka.KINDS, mean.tolist()))
+    each = parallel.gather([cka.token_level([x], [y]) for x, y in zip(states, healthy)
+                            if x.size(1) >= 4])  # the debiased estimator needs as many
+    of_kinds = {kind: [found[kind] for found in each] for kind in cka.KINDS}  # [n, n_layer]
+    return {kind: torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+            for kind, values in of_kinds.items()}
 
 
 def last_tokens(states):

@@ -164,7 +164,7 @@ def held_out_loss(run, student, lesson):
                 s = run.score(student, [p.student for p in part], answers)[-1]
                 losses = losses_of(student, s, teacher, t, answers, sdft.LOSSES[lesson.loss])
                 found += [(task, loss, len(y)) for loss, y in zip(losses, answers)]
-        found = found if together else parallel.gather(found)
+        found = parallel.gather([found])[0] if together else parallel.gather(found)  # as one
         parallel.reshard_(student)
         prompts = {task: torch.tensor([loss for of, loss, _ in found if of == task],
                                       dtype=torch.float64) for task in lesson.held_out}

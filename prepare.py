@@ -142,6 +142,7 @@ def check_options(c):
                 f"--student is a damaged model, and --{history} makes a healthy one: leave out one")
     require(c.cka_weight or not c.cka_balance,
             "--cka-balance scales --cka-weight: give one above 0")
+    require_use(c, ways)
     require(c.calibration >= 4 or c.watch != "cka",
             "--watch cka is CKA over --calibration examples: give at least 4")
     require(all(re.fullmatch(r"0?\.\d+", part) for part in parts_of(c)),
@@ -159,6 +160,18 @@ def check_options(c):
                                   "start with torchrun --nproc_per_node N")
     require(c.batch_size % n == 0,
             f"--batch-size {c.batch_size} cannot be shared evenly by {n} processes")
+
+
+def require_use(c, ways):
+    """ValueError for an option of a way of recovery that --recover does not name: nothing would
+    come of it, and the results would say that it had been there."""
+    for options, of in ((("cka_weight", "ema", "skip_tokens"), ("sdft", "kd")),
+                        (("anchor",), ("sft",))):
+        for option in options:
+            require(not getattr(c, option) or {*of} & {*ways},
+                    f"--{option.replace('_', '-')} is of --recover {' and '.join(of)}, and "
+                    f"--recover {c.recover} names neither" if of[1:] else
+                    f"--{option.replace('_', '-')} is of --recover {of[0]}: name it there")
 
 
 def parts_of(c):

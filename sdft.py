@@ -13,9 +13,10 @@ loop. Without a rollout it is off-policy distillation, a baseline: the experts' 
 
     ema > 0           the teacher follows the student: phi <- ema theta + (1 - ema) phi
     cka_weight > 0    the loss is KL + cka_weight (1 - CKA) (§6), with cka_balance
-                      KL + cka_weight sg(KL / (1 - CKA)) (1 - CKA) (CKA-QAD, 2606.05682);
-                      CKA is linear, biased, averaged over layers, over all answers' tokens of a
-                      micro-batch, which counts by its tokens: another size is another loss
+                      KL + cka_weight sg(KL / (1 - CKA)) (1 - CKA) (CKA-QAD, 2606.05682), where
+                      KL stands for the loss; CKA is linear, biased, averaged over layers, over the
+                      answers' tokens that count of a micro-batch, of three or more, which counts by
+                      its tokens: another size is another loss
 
 Nothing in this file knows how the student was damaged. Parametrized weights (quantized, masked) are
 computed once a step, and the rollout and the update use the same ones.
@@ -190,14 +191,14 @@ def recover(student, teacher, batches, rollout, *, loss=forward_kl, skip=0, ema=
             s, t = (h[:, counted(ys, skip)] if skip else h for h in (s, t))
             (value, kl), total = backward(loss, student, s[-1], teacher, t[-1], tokens)
             if with_cka and s.size(1) > 2:               # of one or two tokens CKA says nothing
-                distance, part = 1 - linear_cka(s, t).mean(), s.size(1) / tokens
-                balance = value / (distance.detach() + 1e-6) if cka_balance else part
-                total = total + cka_weight * balance * distance
-                line["cka"] += part * (1 - distance.item())
+                cka, part = linear_cka(s, t).mean(), s.size(1) / tokens
+                scale = value / (1 - cka.detach() + 1e-6) if cka_balance else part
+                total = total + cka_weight * scale * (1 - cka)
+                line["cka"] += part * cka.item()
             total.backward()
             line["loss"] += value.item()                 # without CKA, which is beside it
             line["kl"] += kl.item()
-            s = t = total = distance = None              # no graph outlives its micro-batch
+            s = t = total = cka = None                   # no graph outlives its micro-batch
         update(line)                                                    # 3. update
         if ema:
             follow(teacher, phi, student, ema)

@@ -287,6 +287,10 @@ TOGETHER = {
     "an_empty_teacher": ("--teacher base,", "empty"),
     "a_part_of_the_way_beyond_its_end": ("--interpolate 0.5,1.5", "--interpolate 0.5,1.5"),
     "balance_of_no_weight": ("--cka-balance", "--cka-weight"),
+    "cka_in_no_loss": ("--recover sft --cka-weight 1", "--cka-weight"),
+    "a_teacher_that_follows_no_one": ("--recover own,sft --ema 0.1", "--ema"),
+    "skipped_tokens_of_sft": ("--recover sft --skip-tokens 3", "--skip-tokens"),
+    "an_anchor_of_no_sft": ("--recover sdft,own --anchor 1", "--anchor"),
     "patience_over_three_examples": ("--watch cka --calibration 3", "--calibration"),
     "a_run_over_its_own_model": (
         "--out {own_student} --model {own_student}/student", "overwrite"),

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+import data
 import evaluate
 import fronts
 import pictures
@@ -72,7 +73,7 @@ def filled(text, folder):
 
 SHORT = [("science_phrasing %", partial(value, metric="science_phrasing")),
          ("science_element %", partial(value, metric="science_element")),
-         ("perplexity, fraction", fraction)]
+         ("perplexity's fraction", fraction)]
 LIKENESS = [("CKA, tokens", partial(likeness, level="tokens", stages=("recovered",))),
             ("CKA, samples", partial(likeness, level="samples", stages=("recovered",)))]
 
@@ -233,7 +234,7 @@ def refusals_table(folder):
 def refused_for(runs):
     """Why no step's weights were kept, in words."""
     found = runs[0]["guard"]["recovered"]
-    worse = found["checks"][-1].get("worse")
+    worse = dict.fromkeys(task for check in found["checks"] for task in check.get("worse", []))
     if found["ended"]:
         return "ended at " + found["ended"].split(" (")[0]
     return f"worse on {', '.join(worse)}" if worse else "no check below the first"
@@ -278,11 +279,50 @@ def compression_table(folder, experiment):
             for metric in runs[0]["stages"]["healthy"] if runs else ():
                 way = [value(runs, metric, s) for s in ("healthy", "degraded", "recovered")]
                 rows.append([f"{model}, {task}", evaluate.metric_title(metric), *way,
-                             value(sound, metric) if sound else "", number(runs),
+                             few(sound, value(sound, metric)), number(runs),
                              verdict(runs, metric), paper(experiment, task, metric)])
     header = ["taught on", "metric", "healthy", "degraded", "recovered", "undamaged, trained alike",
               "n", "verdict", "the paper"]
     return listed(header, rows, used)
+
+
+FACTS = "symbols", "numbers", "names"  # what science_phrasing asks for, in turn
+
+
+def kinds_table(folder):
+    """Of science_phrasing, each kind of fact by itself, as its items were kept: before, after."""
+    rows, used = [], []
+    for model, suffix in MODELS.items():
+        for title, where, stages in (
+                ("healthy", "table2/0", ["healthy"]), ("undamaged", "control/0", ["recovered"]),
+                ("NF4", "table2/0", ["degraded", "recovered"]),
+                ("a tenth of the FFN", "table4/0", ["degraded", "recovered"]),
+                ("science expert", "table1/0", ["healthy"]),
+                ("SFT on tool calls, t = base", "table1/0", ["degraded", "recovered_base"]),
+                ("the same, t = expert", "table1/0", ["degraded", "recovered_healthy"])):
+            runs = runs_of(folder, where.replace("/", f"{suffix}/"))
+            if runs:
+                used.append(runs)
+                rows.append([f"{model}, {title}{', trained alike' * (title == 'undamaged')}",
+                             *(" → ".join(of_kind(runs, stage, k) for stage in stages)
+                               for k in range(len(FACTS))), number(runs)])
+    return listed(["", *(f"{kind} %" for kind in FACTS), "n"], rows, used)
+
+
+def of_kind(runs, stage, k):
+    """The accuracy on facts of the k-th kind, its mean ± standard error; with --eval-limit on those
+    that were asked."""
+    found, every = [], len(data.TASKS["science"]().eval["phrasing"])
+    for r in runs:
+        items = r["items"][stage]["science_phrasing"]
+        asked = evaluate.spread(range(every), len(items))
+        found.append(100 * np.mean([int(c) for c, i in zip(items, asked) if i % len(FACTS) == k]))
+    return tables.mean_and_error(found, 1)
+
+
+def few(runs, cell):
+    """A cell of other runs than its row's, with n where they are not three."""
+    return f"{cell} (n = {len(runs)})" if cell and len(runs) != 3 else cell
 
 
 def paper(experiment, task, metric):
@@ -509,7 +549,8 @@ TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     "table1": partial(forgetting_table, wanted=FORGETTING),
     "table1_rate": partial(forgetting_table, wanted=AT_DEFAULT_RATE),
     "table2": partial(compression_table, experiment="table2"),
-    "table4": partial(compression_table, experiment="table4"), "table5": bootstrap_table,
+    "table4": partial(compression_table, experiment="table4"), "kinds": kinds_table,
+    "table5": bootstrap_table,
     "baselines": baselines_table, "settings": settings_table,
     **per_model("sweep", sweep_performance, "sweep"),
     **per_model("correlations", tables.correlation_table, "sweep"),
@@ -547,8 +588,8 @@ def claimed(folder, metric, where, stage="recovered", control=""):
             sound = control and runs_of(folder, control.replace("/", f"{suffix}/"))
             here.append(f"{model} {way}" + f" (n = {len(runs)})" * (len(runs) != 3))
             if sound:
-                few = f", n = {len(sound)}" * (len(sound) != 3)
-                here[-1] += f" (undamaged: {value(sound, metric)}{few})"
+                seeds = f", n = {len(sound)}" * (len(sound) != 3)
+                here[-1] += f" (undamaged: {value(sound, metric)}{seeds})"
             verdicts.append(f"{model}: {verdict(runs, metric, stage)}")
     alike = {said.split(": ", 1)[1] for said in verdicts}
     said = alike.pop() if len(alike) == 1 else "; ".join(verdicts)
@@ -568,34 +609,37 @@ def small_claim(folder, task):
 
 
 def rising_claim(folder):
-    """How many recoveries that brought perplexity back raised CKA in the last layer; one that was
-    made twice, to be measured otherwise, counts once."""
+    """How many recoveries that brought perplexity back raised CKA in the last layer, after a
+    forgetting and after a compression; one that was made twice, to be measured otherwise, counts
+    once."""
     found = {}
-    for experiment in RECOVERIES:
-        for suffix in MODELS.values():
+    for experiment in (*RECOVERIES, "table1_rate"):
+        for model, suffix in MODELS.items():
             for _, stage, results in read_all(folder, experiment + suffix):
                 config = results["config"] | {"eval_limit": 0, "cka_samples": 64, "model": ""}
                 how = [w for w in config["recover"].split(",") if w in stage.split("_")]
                 config["recover"] = (how or [config["recover"]])[0]
                 teacher = stage.removeprefix("recovered").replace("_" + config["recover"], "")
                 if results["change"].get(stage, {}).get("perplexity") == "better":
-                    which = suffix, tables.name_of(config), config["seed"], teacher
+                    which = model, tables.name_of(config), config["seed"], teacher
                     found.setdefault(which, (stage, results))
-    said, rises = [], []
+    said, words = [], []
     for damage, forgot in ("forgetting", True), ("compression", False):
         of_it = [(stage, r["cka"]) for stage, r in found.values()
                  if bool(r["config"]["forget"]) is forgot]
+        models = dict.fromkeys(model for (model, *_), (_, r) in found.items()
+                               if bool(r["config"]["forget"]) is forgot)
         rose = [sum(cka[level][stage]["linear_debiased"][-1]
                     > cka[level]["degraded"]["linear_debiased"][-1] for stage, cka in of_it)
                 for level in ("tokens", "samples")]
-        rises.append(rose)
         if of_it:
-            said.append(f"after {damage} {rose[0]}, {rose[1]} of {len(of_it)}")
-    rose = [sum(both) for both in zip(*rises)]
-    word = "yes" if min(rose) > 0.75 * len(found) else "no" if max(rose) < 0.5 * len(found) else (
-        "in part")
-    told = "both models, last layer, over tokens, samples: " + "; ".join(said)
-    return (told, word) if said else ()
+            word = "yes" if min(rose) > 0.75 * len(of_it) else (
+                "no" if max(rose) < 0.5 * len(of_it) else "in part")
+            said.append(f"{' and '.join(models)} after {damage} {rose[0]}, {rose[1]} of "
+                        f"{len(of_it)}")
+            words.append(f"after {damage}: {word}")
+    told = "last layer, over tokens, samples: " + "; ".join(said)
+    return (told, "; ".join(words)) if said else ()
 
 
 def within_claim(folder):
@@ -645,8 +689,8 @@ def fair_claim(folder):
     """The answer to the question of the fair comparison, tool calls from the healthy model."""
     here, verdicts = [], []
     for model, suffix in MODELS.items():
-        for (data, _), points in fronts.scenes(read_all(folder, "fair" + suffix)).items():
-            _, apart, word = fronts.answer(points, data)
+        for (task, _), points in fronts.scenes(read_all(folder, "fair" + suffix)).items():
+            _, apart, word = fronts.answer(points, task)
             here.append(f"{model} {apart or '–'}")
             verdicts.append(f"{model}: {word}")
     return ("; ".join(here) + " points", "; ".join(verdicts)) if here else ()

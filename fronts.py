@@ -23,7 +23,6 @@ SHARES = 0.25, 0.5, 0.75  # of the best gain: where retention is read
 BLOCK = 8                 # items
 CHOSEN, SCORED = 0, 1     # the even blocks, the odd ones
 SDFT, SFT = "sdft", "--recover sft"
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # seeds -> Student's t, 97.5 %, of one less
 
 
 @dataclass
@@ -319,7 +318,7 @@ def difference(one, other, data, wanted, samples=1000):
         return ()
     value, *draws = drawn.mean(0)
     low, high = np.array(tables.bounds(draws)) - value
-    seeds = STUDENT[n] * drawn[:, 0].std(ddof=1) / n ** 0.5 if n in STUDENT else np.nan
+    seeds = tables.of_seeds(drawn[:, 0]) if n > 1 else np.nan
     return tuple(float(value + x) for x in (0, -np.hypot(low, seeds), np.hypot(high, seeds)))
 
 

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import re
 import textwrap
 from functools import partial
@@ -227,7 +228,7 @@ def commands(found):
 def value(runs, metric, stage="recovered", each=False):
     """A metric's mean ± standard error at a stage, '' where a run lacks it; each: and every run's
     value in brackets."""
-    if any(metric not in r["stages"].get(stage, {}) for r in runs):
+    if not runs or any(metric not in r["stages"].get(stage, {}) for r in runs):
         return ""
     found = [r["stages"][stage][metric] for r in runs]
     shown = mean_and_error(found, 2 if metric.startswith("perplexity") else 1)
@@ -252,15 +253,15 @@ def beyond(runs, metric, stage):
 
 
 def lead_of(one, other, metric):
-    """(mean of one's accuracy less the other's, twice its standard error), of (runs, stage) each:
-    the error of the examples, which are paired, and that of the seeds, which are within a run."""
+    """(one's accuracy less the other's, half the width of its 95 % interval), of (runs, stage)
+    each, with the same seeds: two standard errors of the examples, and Student's t of the seeds,
+    both paired, the two added in square. Of one seed: its examples' alone."""
     a, b = (np.array([list(r["items"][stage][metric]) for r in runs], float)
             for runs, stage in (one, other))  # [seeds, examples]
-    difference = a.mean(0) - b.mean(0)
-    squares = [difference.var(ddof=1) / len(difference)]
-    seeds = [(a - b).mean(1)] if one[0] is other[0] else [a.mean(1), b.mean(1)]
-    squares += [of.var(ddof=1) / len(of) for of in seeds if len(of) > 1]
-    return difference.mean(), 2 * sum(squares) ** 0.5
+    of_examples, of_each_seed = (a - b).mean(0), (a - b).mean(1)
+    examples = 2 * of_examples.std(ddof=1) / len(of_examples) ** 0.5
+    seeds = tables.of_seeds(of_each_seed) if len(a) > 1 else 0.0
+    return of_each_seed.mean(), math.hypot(examples, seeds)
 
 
 def back(results, metric="perplexity", stage="recovered"):

@@ -400,6 +400,17 @@ def bootstrap(members, statistic, samples=1000):
     return found
 
 
+def of_seeds(values):
+    """Half the width of the 95 % interval of a mean over two to ten seeds: Student's t, of one
+    degree of freedom less, times its standard error.
+
+    >>> round(of_seeds([1.0, 2.0, 3.0]), 2)
+    2.48
+    """
+    student = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26
+    return student[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
+
+
 def bounds(found):
     """The 95 % percentile interval of what a bootstrap found; nan where all of it is."""
     if np.isnan(found).all():

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 import claims
+import data
 import evaluate
 import experiments
 import kept
@@ -205,7 +207,7 @@ def test_tables_2_and_3_stand_beside_the_papers_numbers(tmp_path):
     put(tmp_path, "control-qwen/0-0", made_up(three(science_phrasing=(28.0, 28.0, 44.0)),
                                               degrade="none"))
     table = claims.TABLES["table2"](tmp_path)
-    assert "| 40.0 | 44.0 | 3 |" in table and "| 17.00 | | 3 |" in table
+    assert "| 40.0 | 44.0 (n = 1) | 3 |" in table and "| 17.00 | | 3 |" in table
     assert "--degrade none`" in table
     assert "Qwen 28.0 → 5.0 → 40.0 (undamaged: 44.0, n = 1) |" in claims.claims(tmp_path, "")
 
@@ -222,9 +224,9 @@ def test_the_general_mean_is_better_by_its_items_not_by_a_count_of_tests(now, wo
 
 @pytest.mark.parametrize("direct, staged, word", [
     ((40, 42), (60, 62), "better than"), ((60, 62), (40, 42), "worse than"),
-    ((50, 50), (53, 53), "within noise of"), ((40, 60), (60, 80), "within noise of")])
+    ((50, 50), (53, 53), "within noise of"), ((40, 60), (80, 60), "within noise of")])
 def test_two_stages_are_better_by_items_and_by_seeds(direct, staged, word, tmp_path):
-    """Three points of a hundred questions are noise; so are twenty if seeds differ by as much."""
+    """Three points of a hundred questions are noise; so are twenty if seeds differ by more."""
     for n, both in enumerate((direct, staged)):
         for seed, right in enumerate(both):
             results = made_up(three(science_phrasing=(30.0, 30.0, float(right))), seed=seed)
@@ -351,8 +353,35 @@ def test_a_recovery_that_was_made_twice_counts_once(tmp_path):
     put(tmp_path, "default/0-0", made_up(metrics))
     for seed in range(2):
         put(tmp_path, f"along/0-{seed}", made_up(metrics, eval_limit=150, seed=seed))
-    told, compression = "both models, last layer, over tokens, samples: ", "compression 0, 0 of 2"
-    assert claims.rising_claim(tmp_path)[0] == f"{told}after {compression}"
+    told = "last layer, over tokens, samples: "
+    compression = "SmolLM2 after compression 0, 0 of 2"
+    assert claims.rising_claim(tmp_path) == (told + compression, "after compression: no")
     put(tmp_path, "table1/0-0", made_up(metrics, forget="tooluse", degrade="none"))
     assert claims.rising_claim(tmp_path)[0] == (
-        f"{told}after forgetting 0, 0 of 1; after {compression}")
+        f"{told}SmolLM2 after forgetting 0, 0 of 1; {compression}")
+
+
+def test_a_difference_has_the_noise_of_examples_and_of_seeds():
+    """By hand: seeds 10, 20 and 30 points apart, 20 +- 4.30 x 10 / sqrt(3); examples by scipy's."""
+    def runs(right):
+        return [{"items": {"recovered": {"task": "1" * n + "0" * (10 - n)}}} for n in right]
+    one, other = runs([6, 7, 8]), runs([5, 5, 5])
+    lead, half = kept.lead_of((one, "recovered"), (other, "recovered"), "task")
+    examples = 2 * np.std([0] * 5 + [1, 2 / 3, 1 / 3, 0, 0], ddof=1) / 10 ** 0.5
+    assert (lead, half) == pytest.approx((0.2, np.hypot(examples, 4.30 * 0.1 / 3 ** 0.5)))
+    lead, half = kept.lead_of((one[:1], "recovered"), (other[:1], "recovered"), "task")
+    assert (lead, half) == pytest.approx((0.1, 2 * np.std([1] + [0] * 9, ddof=1) / 10 ** 0.5))
+
+
+def test_each_kind_of_fact_has_its_accuracy(tmp_path):
+    """science_phrasing asks symbol, number and name in turn."""
+    phrasing = data.TASKS["science"]().eval["phrasing"]
+    asked = [example.prompt for example in phrasing[:3]]
+    assert "symbol of" in asked[0] and "atomic number" in asked[1] and "has the" in asked[2]
+    items = {"healthy": "110111", "degraded": "000000", "recovered": "100100"}
+    results = made_up(three(science_phrasing=(80.0, 0.0, 33.0)))
+    results["items"] = {stage: {"science_phrasing": text} for stage, text in items.items()}
+    put(tmp_path, "table2/0-0", results)
+    found = claims.TABLES["kinds"](tmp_path)
+    assert "| SmolLM2, healthy | 100.0 | 100.0 | 50.0 | 1 |" in found
+    assert "| SmolLM2, NF4 | 0.0 → 100.0 | 0.0 → 0.0 | 0.0 → 0.0 | 1 |" in found

@@ -426,7 +426,7 @@ def tuned_table(runs):
     step takes what it took at the least up to any of the way's points, since other work slows some.
     """
     rows = ["| trained on | from | method | rate | seeds | gain | retention | KL | seconds | in | "
-            "gain | retention |", "|" + "---|" * 12]
+            "gain then | retention then |", "|" + "---|" * 12]
     for (data, damage), points in scenes(runs).items():
         ways = {m: timed([p for p in way if p.part == 1])
                 for m, way in chosen(points, data).items() if any(p.part == 1 for p in way)}

@@ -294,7 +294,8 @@ def kinds_table(folder):
     rows, used = [], []
     for model, suffix in MODELS.items():
         for title, where, stages in (
-                ("healthy", "table2/0", ["healthy"]), ("undamaged", "control/0", ["recovered"]),
+                ("healthy", "table2/0", ["healthy"]),
+                ("undamaged, trained alike", "control/0", ["recovered"]),
                 ("NF4", "table2/0", ["degraded", "recovered"]),
                 ("a tenth of the FFN", "table4/0", ["degraded", "recovered"]),
                 ("science expert", "table1/0", ["healthy"]),
@@ -303,7 +304,7 @@ def kinds_table(folder):
             runs = runs_of(folder, where.replace("/", f"{suffix}/"))
             if runs:
                 used.append(runs)
-                rows.append([f"{model}, {title}{', trained alike' * (title == 'undamaged')}",
+                rows.append([f"{model}, {title}",
                              *(" → ".join(of_kind(runs, stage, k) for stage in stages)
                                for k in range(len(FACTS))), number(runs)])
     return listed(["", *(f"{kind} %" for kind in FACTS), "n"], rows, used)
@@ -586,7 +587,7 @@ def claimed(folder, metric, where, stage="recovered", control=""):
         way = runs and on_the_way(runs, metric, ("healthy", "degraded", stage))
         if way:
             sound = control and runs_of(folder, control.replace("/", f"{suffix}/"))
-            here.append(f"{model} {way}" + f" (n = {len(runs)})" * (len(runs) != 3))
+            here.append(few(runs, f"{model} {way}"))
             if sound:
                 seeds = f", n = {len(sound)}" * (len(sound) != 3)
                 here[-1] += f" (undamaged: {value(sound, metric)}{seeds})"
@@ -625,18 +626,16 @@ def rising_claim(folder):
                     found.setdefault(which, (stage, results))
     said, words = [], []
     for damage, forgot in ("forgetting", True), ("compression", False):
-        of_it = [(stage, r["cka"]) for stage, r in found.values()
+        of_it = [(model, stage, r["cka"]) for (model, *_), (stage, r) in found.items()
                  if bool(r["config"]["forget"]) is forgot]
-        models = dict.fromkeys(model for (model, *_), (_, r) in found.items()
-                               if bool(r["config"]["forget"]) is forgot)
         rose = [sum(cka[level][stage]["linear_debiased"][-1]
-                    > cka[level]["degraded"]["linear_debiased"][-1] for stage, cka in of_it)
+                    > cka[level]["degraded"]["linear_debiased"][-1] for _, stage, cka in of_it)
                 for level in ("tokens", "samples")]
         if of_it:
             word = "yes" if min(rose) > 0.75 * len(of_it) else (
                 "no" if max(rose) < 0.5 * len(of_it) else "in part")
-            said.append(f"{' and '.join(models)} after {damage} {rose[0]}, {rose[1]} of "
-                        f"{len(of_it)}")
+            models = " and ".join(dict.fromkeys(model for model, *_ in of_it))
+            said.append(f"{models} after {damage} {rose[0]}, {rose[1]} of {len(of_it)}")
             words.append(f"after {damage}: {word}")
     told = "last layer, over tokens, samples: " + "; ".join(said)
     return (told, "; ".join(words)) if said else ()

@@ -254,14 +254,18 @@ def beyond(runs, metric, stage):
 
 def lead_of(one, other, metric):
     """(one's accuracy less the other's, half the width of its 95 % interval), of (runs, stage)
-    each, with the same seeds: two standard errors of the examples, and Student's t of the seeds,
-    both paired, the two added in square. Of one seed: its examples' alone."""
-    a, b = (np.array([list(r["items"][stage][metric]) for r in runs], float)
-            for runs, stage in (one, other))  # [seeds, examples]
+    each, of the seeds that both have: two standard errors of the examples, and Student's t of the
+    seeds, both paired, the two added in square. Of one seed: its examples' alone."""
+    seeds = set.intersection(*({r["config"]["seed"] for r in runs} for runs, _ in (one, other)))
+    if not seeds:
+        return 0.0, math.inf
+    a, b = (np.array([list(r["items"][stage][metric]) for r in runs
+                      if r["config"]["seed"] in seeds], float)
+            for runs, stage in (one, other))  # [seeds, examples], by seed
     of_examples, of_each_seed = (a - b).mean(0), (a - b).mean(1)
     examples = 2 * of_examples.std(ddof=1) / len(of_examples) ** 0.5
-    seeds = tables.of_seeds(of_each_seed) if len(a) > 1 else 0.0
-    return of_each_seed.mean(), math.hypot(examples, seeds)
+    of_seeds = tables.of_seeds(of_each_seed) if len(a) > 1 else 0.0
+    return of_each_seed.mean(), math.hypot(examples, of_seeds)
 
 
 def back(results, metric="perplexity", stage="recovered"):

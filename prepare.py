@@ -169,9 +169,8 @@ def require_use(c, ways):
                         (("anchor",), ("sft",))):
         for option in options:
             require(not getattr(c, option) or {*of} & {*ways},
-                    f"--{option.replace('_', '-')} is of --recover {' and '.join(of)}, and "
-                    f"--recover {c.recover} names neither" if of[1:] else
-                    f"--{option.replace('_', '-')} is of --recover {of[0]}: name it there")
+                    f"--{option.replace('_', '-')} is of --recover {' or '.join(of)}, and "
+                    f"{c.recover} has no use for it: leave it out")
 
 
 def parts_of(c):

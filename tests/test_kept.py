@@ -362,14 +362,16 @@ def test_a_recovery_that_was_made_twice_counts_once(tmp_path):
 
 
 def test_a_difference_has_the_noise_of_examples_and_of_seeds():
-    """By hand: seeds 10, 20 and 30 points apart, 20 +- 4.30 x 10 / sqrt(3); examples by scipy's."""
+    """By hand: seeds 10, 20 and 30 points apart, 20 +- 4.30 x 10 / sqrt(3); examples by numpy's."""
     def runs(right):
-        return [{"items": {"recovered": {"task": "1" * n + "0" * (10 - n)}}} for n in right]
+        return [{"config": {"seed": seed}, "items": {"recovered": {
+            "task": "1" * n + "0" * (10 - n)}}} for seed, n in enumerate(right)]
     one, other = runs([6, 7, 8]), runs([5, 5, 5])
     lead, half = kept.lead_of((one, "recovered"), (other, "recovered"), "task")
     examples = 2 * np.std([0] * 5 + [1, 2 / 3, 1 / 3, 0, 0], ddof=1) / 10 ** 0.5
     assert (lead, half) == pytest.approx((0.2, np.hypot(examples, 4.30 * 0.1 / 3 ** 0.5)))
-    lead, half = kept.lead_of((one[:1], "recovered"), (other[:1], "recovered"), "task")
+    lead, half = kept.lead_of((one[:1], "recovered"), (other, "recovered"), "task")
+    assert kept.lead_of((one[:1], "recovered"), (other[1:], "recovered"), "task")[1] == np.inf
     assert (lead, half) == pytest.approx((0.1, 2 * np.std([1] + [0] * 9, ddof=1) / 10 ** 0.5))
 
 

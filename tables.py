@@ -408,7 +408,7 @@ def of_seeds(values):
     2.48
     """
     student = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26
-    return student[len(values) - 2] * np.std(values, ddof=1) / len(values) ** 0.5
+    return student[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
 
 
 def bounds(found):

@@ -654,8 +654,10 @@ def show(run, results):
 
 def save_student(source, student, folder):
     """DIR/student: a folder that this project and transformers load, with the tokenizer of source;
-    its weights come last, so that where they are is all else."""
+    its weights come last, so that where they are is all else. Those of an earlier run go first: if
+    there is no room for these, they are not taken for them."""
     folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").unlink(missing_ok=True)
     checkpoint.copy_tokenizer(source, folder)
     student.save_pretrained(folder)
 

@@ -2,6 +2,7 @@
 characters, a reader that goes away. Each is a real process."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_where_not_even_the_results_fit_the_report_is_printed(folder, tmp_path):
     assert code == 2 and b"Traceback" not in err
     assert "results.json (" in err.decode() and "recovered fraction" in out.decode()
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_an_earlier_runs_student_is_not_taken_for_that_of_a_run_that_had_no_room(folder, tmp_path):
+    """Neither a checkpoint nor the student could be written: the same command does it again."""
+    out = tmp_path / "out"
+    assert run(folder, out)[0] == 0
+    code, _, err = run(folder, out, "--seed 1", before="ulimit -f 100;")
+    assert code == 2 and "student/ (" in error_of(err.decode())
+    shutil.rmtree(out / "checkpoint")
+    code, said, _ = run(folder, out, "--seed 1")
+    assert code == 0 and b"holds this run, finished" not in said
+    assert (out / "student" / "model.safetensors").exists()
 
 
 # -------------------------------------------------------------------------------- a disk of its own

@@ -126,6 +126,17 @@ def damages_table(folder):
         ("CKA over samples", partial(likeness, level="samples"))], rises(rows))
 
 
+def untaught_table(folder):
+    """What the default recovery does to two things that it does not teach, both models."""
+    rows = [found for model, suffix in MODELS.items()
+            for found in rows_by_damage(folder, model, "untaught" + suffix)]
+    return table(rows, [
+        *((evaluate.metric_title(metric), partial(on_the_way, metric=metric, each=True))
+          for metric in ("science_phrasing", "instructions_all", "tooluse_request")),
+        ("instructions", partial(verdict, metric="instructions_all")),
+        ("tool calls", partial(verdict, metric="tooluse_request"))])
+
+
 def rises(rows):
     """In how many rows the mean CKA after recovery is above that before, in words."""
     found = {}
@@ -544,9 +555,10 @@ def per_model(name, make, *experiments, only=None):
 RECOVERIES = "default", "damages", "fp4", "table1", "table2", "table4", "baselines", "along"
 FAIR = "fair", "fair_damaged", "fair_science"
 TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
-    "default": default_table, "damages": damages_table, "scales": scales_table,
-    "rates": rates_table, "teachers": teachers_table, "demos": demos_table, "text": text_table,
-    "refusals": refusals_table, "guard": guard_table, "lora": lora_table,
+    "default": default_table, "damages": damages_table, "untaught": untaught_table,
+    "scales": scales_table, "rates": rates_table, "teachers": teachers_table,
+    "demos": demos_table, "text": text_table, "refusals": refusals_table,
+    "guard": guard_table, "lora": lora_table,
     "table1": partial(forgetting_table, wanted=FORGETTING),
     "table1_rate": partial(forgetting_table, wanted=AT_DEFAULT_RATE),
     "table2": partial(compression_table, experiment="table2"),

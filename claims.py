@@ -128,8 +128,8 @@ def damages_table(folder):
 
 def untaught_table(folder):
     """What the default recovery does to two things that it does not teach, both models."""
-    rows = [found for model, suffix in MODELS.items()
-            for found in rows_by_damage(folder, model, "untaught" + suffix)]
+    rows = rows_of(folder, ("SmolLM2, `nf4`", "untaught/1"), ("Qwen, `nf4`", "untaught-qwen/1"),
+                   ("Qwen, `nf4`, a third of the step", "untaught-qwen/2"))
     return table(rows, [
         *((evaluate.metric_title(metric), partial(on_the_way, metric=metric, each=True))
           for metric in ("science_phrasing", "instructions_all", "tooluse_request")),

@@ -59,18 +59,18 @@ def draw_along(axis, groups):
 
 
 def draw_against(axis, runs, metric):
-    """Fig. 8b: a point a model, CKA over samples against performance; a colour for each model that
-    was damaged."""
+    """Fig. 8b: a point a model, CKA over samples against performance; a colour for each stage of
+    each model that was damaged."""
     models = {}
     for run in runs:
         models.setdefault(run[-1]["environment"].get("model"), []).append(run)
-    for (i, model), stage in itertools.product(enumerate(models), ("degraded", "recovered")):
-        chosen = tables.points(models[model], (stage,))
-        x = [likeness["samples"]["linear_debiased"][-1] for _, _, likeness, _ in chosen]
-        y = [values[metric] for _, values, _, _ in chosen]
-        if chosen:
-            axis.plot(x, y, "x" if stage == "degraded" else "o", color=f"C{i}",
-                      label=f"{model}, {stage}" if len(models) > 1 else stage)
+    for model, own in models.items():
+        for stage, marker in (("degraded", "x"), ("recovered", "o")):
+            chosen = tables.points(own, (stage,))
+            x = [likeness["samples"]["linear_debiased"][-1] for _, _, likeness, _ in chosen]
+            y = [values[metric] for _, values, _, _ in chosen]
+            if chosen:
+                axis.plot(x, y, marker, label=f"{model}, {stage}" if len(models) > 1 else stage)
     axis.set(title="CKA (samples, last layer) against performance", xlabel="CKA",
              ylabel=evaluate.metric_title(metric))
     axis.legend()

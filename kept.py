@@ -203,23 +203,29 @@ def plural(found):
 
 
 def commands(found):
-    """Command lines as what they share, then each one's own options.
+    """Command lines as what they share, then each one's own options; of more than six, which
+    values of which options they combine.
 
     >>> commands(["python train.py --seed 1 --lr 2", "python train.py --lr 3 --seed 1"])
     '`python train.py --seed 1` with `--lr 2` or `--lr 3`'
     >>> commands(["python train.py", "python train.py --lr 3"])
     '`python train.py` as it is or with `--lr 3`'
+    >>> commands([f"python train.py --lr {i}" for i in range(7)] + ["python train.py --plain"])
+    '`python train.py` with 8 combinations of `--lr 0 | 1 | 2 | 3 | 4 | 5 | 6`, `--plain`'
     """
     split = [command.split(" --")[1:] for command in dict.fromkeys(found)]
     shared = [option for option in split[0] if all(option in options for options in split)]
     shown = f"`{' --'.join(['python train.py', *shared])}`"
-    split = [[f"--{option}" for option in options if option not in shared] for options in split]
-    own, words = list(map(" ".join, split)), dict.fromkeys(itertools.chain(*split))
-    if len(own) > 2 * len(words) > 0:
-        shown += f" with {len(own)} combinations of " + ", ".join(f"`{word}`" for word in words)
-    elif len(own) > 1:
-        shown += " as it is or" if "" in own else ""
-        shown += " with " + " or ".join(f"`{options}`" for options in own if options)
+    own = [[option for option in options if option not in shared] for options in split]
+    if len(own) > 6:
+        values = {}
+        for name, _, value in (option.partition(" ") for option in itertools.chain(*own)):
+            values.setdefault(name, {})[value] = None
+        told = (f"`--{name} {' | '.join(those)}".strip() + "`" for name, those in values.items())
+        return f"{shown} with {len(own)} combinations of {', '.join(told)}"
+    if len(own) > 1:
+        shown += " as it is or" if [] in own else ""
+        shown += " with " + " or ".join(f"`--{' --'.join(options)}`" for options in own if options)
     return shown
 
 

@@ -570,6 +570,7 @@ TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     "along": along_table, **per_model("within", tables.within_table, *RECOVERIES, only=on_science),
     **per_model("follows", tables.follows_table, "sweep", *RECOVERIES, only=has_unit_norm),
     **per_model("fair-answer", fronts.answers_table, *FAIR),
+    **per_model("fair-ends", fronts.ends_table, *FAIR),
     **per_model("fair", fronts.gains_table, *FAIR),
     **per_model("fair-tuned", fronts.tuned_table, *FAIR)}
 

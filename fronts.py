@@ -21,7 +21,7 @@ import train
 
 SHARES = 0.25, 0.5, 0.75  # of the best gain: where retention is read
 BLOCK = 8                 # items
-CHOSEN, SCORED = 0, 1     # the even blocks, the odd ones
+CHOSEN, SCORED, ALL = 0, 1, 2  # the even blocks, the odd ones, both
 SDFT, SFT = "sdft", "--recover sft"
 
 
@@ -154,10 +154,11 @@ def weights_of(point, part, samples=0):
     rng, found, seeds = np.random.default_rng(0), {}, len(point.seeds)
     for metric, values in point.items.items():
         block = np.arange(values.shape[1]) // max(1, min(BLOCK, values.shape[1] // 2))
-        mine = np.flatnonzero(block % 2 == part)
-        n = len(set(block[mine]))
+        mine = np.flatnonzero((block % 2 == part) | (part == ALL))
+        names, its_own = np.unique(block[mine], return_inverse=True)
+        n = len(names)
         draws = rng.multinomial(n, np.full(n, 1 / n), size=samples)
-        counts = np.vstack([np.ones(n), draws]).T[block[mine] // 2]
+        counts = np.vstack([np.ones(n), draws]).T[its_own]
         found[metric] = np.zeros((len(block), 1 + samples))
         found[metric][mine] = counts / counts.sum(0)
     return found, np.full((seeds, 1), 1 / seeds)
@@ -418,6 +419,30 @@ def shown(value, digits=1):
     if np.isnan(value):
         return "–"
     return tables.rounded(value, digits, "+" if digits == 1 else "")
+
+
+def ends_table(runs):
+    """The last step at each learning rate: gain and retention on all of the items, and KL(healthy
+    || student) on the first text; a row for each method and part of the way. It chooses nothing."""
+    text = []
+    for (data, damage), points in scenes(runs).items():
+        ends = {}  # method and part -> rate -> the last of its points
+        for p in sorted(points, key=lambda p: (p.step, len(p.seeds))):
+            name = f"`{p.method}`" + (f" {p.part:g}" if p.part < 1 else "")
+            ends.setdefault(name, {})[p.rate] = p
+        rates = sorted({p.rate for p in points})
+        header = [f"{data}, from {damage}", *(f"{rate:.1e}" for rate in rates)]
+        text += ["", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        for name, by_rate in ends.items():
+            cells = [told_end(by_rate[rate], data) if rate in by_rate else "" for rate in rates]
+            text.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(text).lstrip()
+
+
+def told_end(point, data):
+    """Gain, retention and KL of a point, on all of the items."""
+    kl = next(iter(point.kl.values()), np.nan)
+    return f"{gain(point, data, ALL):.0f}, {shown(retention(point, data, ALL))}, {shown(kl, 3)}"
 
 
 def tuned_table(runs):

@@ -258,6 +258,23 @@ def test_a_rate_is_chosen_on_the_even_blocks_and_scored_on_the_odd(tmp_path):
     assert "| tooluse | none | `--recover sft --steps 40` | 1.0e-03* | 1 | +0.0 |" in table
 
 
+def test_the_ends_at_every_rate_on_all_items_by_hand(tmp_path):
+    """A fifth of the task's items are right, all of them in even blocks: half of them counted
+    would be 40 % or none. Of the others one test of two loses 20 points."""
+    put(tmp_path, "0", (20, 60), [(70, 80)], recover="sft", lr_fraction=1e-3)
+    put(tmp_path, "1", (50, 80), recover="sft", lr_fraction=5e-4)
+    file, block = tmp_path / "0-0.json", fronts.BLOCK
+    results = json.loads(file.read_text())
+    lone = ("1" * block + "0" * block) * (N // 5 // block) + "0" * (N - 2 * (N // 5))
+    assert len(lone) == N and lone.count("1") == N // 5
+    results["along"]["recovered"][-1]["items"]["tooluse_request"] = lone
+    file.write_text(json.dumps(results))
+    table = fronts.ends_table(tables.read_runs([tmp_path]))
+    assert table.splitlines()[0] == "| tooluse, from none | 5.0e-04 | 1.0e-03 |"
+    assert table.splitlines()[-1] == (
+        "| `--recover sft --steps 40` | 50, +0.0, 0.500 | 20, -10.0, 0.200 |")
+
+
 def test_the_first_seed_chooses_a_rate_whatever_others_say(tmp_path):
     """The other rate has one seed, which gained more, but kept less at half of that."""
     for seed, end in ((0, (40, 80)), (1, (80, 20))):

@@ -180,17 +180,18 @@ def made_by(runs):
 def told_seeds(seeds):
     """Of {command: its seeds}, in words.
 
-    >>> told_seeds({"a": {0, 1, 2}, "b": {0, 1, 2}}), told_seeds({"a": {0, 1}, "b": {0}})
-    ('seeds 0, 1, 2', 'seed 0, of 1 of 2 also 1')
-    >>> told_seeds({"a": {0, 1, 2}, "b": {0, 2}, "c": {0}})
-    'seed 0, of 1 of 3 also 1, 2, of 1 of 3 also 2'
+    >>> told_seeds({"a": {0, 1, 2}, "b": {0, 1, 2}})
+    'seeds 0, 1, 2'
+    >>> told_seeds({"a": {0, 1, 2}, "b": {0}, "c": {0}})
+    'seeds 0, 1, 2 of 1 command, seed 0 of 2'
     """
-    every, found = set.intersection(*seeds.values()), set.union(*seeds.values())
-    if not every:
-        return "seed" + plural(sorted(found))
-    more = collections.Counter(tuple(sorted(s - every)) for s in seeds.values() if s > every)
-    also = (f", of {n} of {len(seeds)} also {', '.join(map(str, s))}" for s, n in more.items())
-    return "seed" + plural(sorted(every)) + "".join(also)
+    found = collections.Counter(tuple(sorted(s)) for s in seeds.values())
+    told = [f"seed{plural(those)}" for those in found]
+    if len(found) > 1:
+        told = [f"{words} of {n}" for words, n in zip(told, found.values())]
+        first = next(iter(found.values()))
+        told[0] += " command" + "s" * (first > 1)
+    return ", ".join(told)
 
 
 def plural(found):

@@ -353,12 +353,12 @@ def test_a_recovery_that_was_made_twice_counts_once(tmp_path):
     put(tmp_path, "default/0-0", made_up(metrics))
     for seed in range(2):
         put(tmp_path, f"along/0-{seed}", made_up(metrics, eval_limit=150, seed=seed))
-    told = "last layer, over tokens, samples: "
-    compression = "SmolLM2 after compression 0, 0 of 2"
-    assert claims.rising_claim(tmp_path) == (told + compression, "after compression: no")
-    put(tmp_path, "table1/0-0", made_up(metrics, forget="tooluse", degrade="none"))
-    assert claims.rising_claim(tmp_path)[0] == (
-        f"{told}SmolLM2 after forgetting 0, 0 of 1; {compression}")
+    assert claims.rising_claim(tmp_path, False) == ("SmolLM2 0, 0 of 2", "SmolLM2: no, no")
+    assert claims.rising_claim(tmp_path, True) == ()
+    higher = json.loads(json.dumps(made_up(metrics, forget="tooluse", degrade="none")))
+    higher["cka"]["samples"]["recovered"]["linear_debiased"][-1] = 1.0
+    put(tmp_path, "table1/0-0", higher)
+    assert claims.rising_claim(tmp_path, True) == ("SmolLM2 1, 0 of 1", "SmolLM2: yes, no")
 
 
 def test_a_difference_has_the_noise_of_examples_and_of_seeds():

@@ -270,6 +270,11 @@ def kl_at(points, data, wanted, text):
     return read(gains, [points[0].start_kl[text], *(p.kl[text] for p in points)], wanted)
 
 
+def first_kl(point):
+    """KL(healthy || student) on the first text; nan where there is none."""
+    return next(iter(point.kl.values()), np.nan)
+
+
 def after(points, data, seconds):
     """(gain, retention) after so many seconds of training, between a way's points in time."""
     way = sorted((p.seconds, gain(p, data, SCORED), retention(p, data, SCORED)) for p in points)
@@ -441,8 +446,8 @@ def ends_table(runs):
 
 def told_end(point, data):
     """Gain, retention and KL of a point, on all of the items."""
-    kl = next(iter(point.kl.values()), np.nan)
-    return f"{gain(point, data, ALL):.0f}, {shown(retention(point, data, ALL))}, {shown(kl, 3)}"
+    return (f"{gain(point, data, ALL):.0f}, {shown(retention(point, data, ALL))}, "
+            f"{shown(first_kl(point), 3)}")
 
 
 def tuned_table(runs):
@@ -462,7 +467,7 @@ def tuned_table(runs):
             edge = len(rates[method]) > 1 and p.rate in (min(rates[method]), max(rates[method]))
             cells = [data, damage, f"`{method}`", f"{p.rate:.1e}{'*' * edge}", str(len(p.seeds)),
                      shown(gain(p, data, SCORED)), shown(retention(p, data, SCORED)),
-                     shown(next(iter(p.kl.values()), np.nan), 3), f"{p.seconds:.0f}",
+                     shown(first_kl(p), 3), f"{p.seconds:.0f}",
                      f"{seconds:.0f} s", *map(shown, after(ways[method], data, seconds))]
             rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) if len(rows) > 2 else ""
@@ -514,8 +519,7 @@ def draw(pyplot, runs):
 
 def draw_method(pair, points, front, data, color, label):
     """One method's points and its front in both panels."""
-    values = (lambda p: retention(p, data, SCORED),
-              lambda p: next(iter(p.kl.values()), np.nan))
+    values = lambda p: retention(p, data, SCORED), first_kl
     for axis, value in zip(pair, values):
         axis.plot([gain(p, data, SCORED) for p in points], list(map(value, points)), ".",
                   color=color, alpha=0.5)

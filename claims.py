@@ -278,13 +278,17 @@ PAPER = {  # metric's beginning -> the paper's numbers
 GENERAL = "blimp_all", "arc_easy_all", "winogrande_all"  # Table 3's test sets here
 
 
+COMPRESSIONS = {  # taught on science, on tool calls: where the runs are, or the same by default
+    "table2": ("table2/0|default/1", "table2/1"), "table4": ("table4/0|default/2", "table4/1")}
+
+
 def compression_table(folder, experiment):
     """Tables 2, 3 or 4: a row for each model, task that brings back, and metric; beside it what the
     undamaged model comes to by the same training."""
     rows, used = [], []
     for model, suffix in MODELS.items():
         for n, task in enumerate(("science", "tooluse")):
-            runs = with_mean(runs_of(folder, f"{experiment}{suffix}/{n}"))
+            runs = with_mean(runs_of(folder, COMPRESSIONS[experiment][n].replace("/", f"{suffix}/")))
             sound = with_mean(runs_of(folder, f"control{suffix}/{n}")) if runs else []
             used += runs, sound
             for metric in runs[0]["stages"]["healthy"] if runs else ():
@@ -466,7 +470,7 @@ def settings_table(folder):
     """One option changed at a time, both models."""
     rows = []
     for model, suffix in MODELS.items():
-        rows.append((f"{model}, the default", runs_of(folder, f"default{suffix}/0")))
+        rows.append((f"{model}, the default", runs_of(folder, f"default-gpu{suffix}/0")))
         for runs in each_number(folder, f"settings{suffix}"):
             config = runs[0]["config"] | {"degrade": "none", "model": ""}
             option = command_of(config).replace("python train.py --degrade none", "").strip()
@@ -707,13 +711,13 @@ def fair_claim(folder):
 
 CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () where it has no files
     ("NF4, science (Table 2)", PAPER["table2", "science"],
-     partial(claimed, metric="science_phrasing", where="table2/0|default/1",
+     partial(claimed, metric="science_phrasing", where=COMPRESSIONS["table2"][0],
              control="control/0")),
     ("a tenth of the FFN, science (Table 4)", PAPER["table4", "science"],
-     partial(claimed, metric="science_phrasing", where="table4/0|default/2",
+     partial(claimed, metric="science_phrasing", where=COMPRESSIONS["table4"][0],
              control="control/0")),
     ("NF4, tool calls (Table 2)", PAPER["table2", "tooluse"],
-     partial(claimed, metric="tooluse_request", where="table2/1",
+     partial(claimed, metric="tooluse_request", where=COMPRESSIONS["table2"][1],
              control="control/1")),
     ("NF4, general ability (Table 3)", PAPER["table2", "general"],
      partial(claimed, metric="general_mean", where="table2/0")),

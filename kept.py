@@ -20,6 +20,7 @@ from tables import mean_and_error
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
+OTHER_TEXTS = {"0e2572736741": ", text of Python 3.12"}  # perplexity's, where it is not of 3.11
 
 
 # ---------------------------------------------------------------------------------------- Keeping
@@ -86,7 +87,8 @@ def commit_of(results):
 
 
 def command_of(config):
-    """The command that makes this run again, but for the seed, on whatever device and into --out.
+    """The command that makes this run again, but for the seed, on whatever device, into --out and
+    with whatever checkpoints on the way.
 
     >>> command_of({"degrade": "int4", "seed": 3, "symmetric": False})
     'python train.py --degrade int4 --no-symmetric'
@@ -94,7 +96,8 @@ def command_of(config):
     words = ["python train.py"]
     for option, default in dataclasses.asdict(train.Config()).items():
         value = config.get(option, default)
-        if value != default and option not in ("seed", "device", "dtype", "out"):
+        if value != default and option not in (
+                "seed", "device", "dtype", "out", "save_every"):
             words.append(tables.as_typed(option, value, isinstance(default, bool)))
     return " ".join(words)
 
@@ -159,6 +162,7 @@ def provenance(used):
         e = results["environment"]
         cores = f", {e['threads']} core" + "s" * (e["threads"] > 1)
         cores = "" if "NVIDIA" in e["processor"] else cores
+        cores += OTHER_TEXTS.get(e["text_sha256"], "")
         where = (f"{e['model']} on {e['processor'].removeprefix('NVIDIA ')}{cores}, "
                  f"{results['config']['dtype']}")
         groups.setdefault(where, []).append(results)

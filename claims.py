@@ -470,7 +470,8 @@ def settings_table(folder):
     """One option changed at a time, both models."""
     rows = []
     for model, suffix in MODELS.items():
-        rows.append((f"{model}, the default", runs_of(folder, f"default-gpu{suffix}/0")))
+        rows += [(f"{model}, the default", runs_of(folder, f"{where}{suffix}/0"))
+                 for where in ("default", "default-gpu")]
         for runs in each_number(folder, f"settings{suffix}"):
             config = runs[0]["config"] | {"degrade": "none", "model": ""}
             option = command_of(config).replace("python train.py --degrade none", "").strip()

@@ -162,7 +162,7 @@ def provenance(used):
         e = results["environment"]
         cores = f", {e['threads']} core" + "s" * (e["threads"] > 1)
         cores = "" if "NVIDIA" in e["processor"] else cores
-        cores += OTHER_TEXTS.get(e["text_sha256"], "")
+        cores += OTHER_TEXTS.get(e.get("text_sha256"), "")
         where = (f"{e['model']} on {e['processor'].removeprefix('NVIDIA ')}{cores}, "
                  f"{results['config']['dtype']}")
         groups.setdefault(where, []).append(results)

@@ -1,5 +1,6 @@
 """Results that are kept: RESULTS.md and README.md say what their files say, and what they will say
 of experiments whose runs are still to come."""
+import collections
 import dataclasses
 import json
 import re
@@ -57,6 +58,16 @@ def put(folder, name, results):
 def test_every_table_has_a_place_in_the_texts():
     places = [name for text in TEXTS for _, name, _, _ in claims.PART.findall(text)]
     assert sorted(places) == sorted([*claims.TABLES, "claims"])
+
+
+def test_the_runs_of_a_row_had_one_text():
+    """A mean of perplexities of two texts is the perplexity of none."""
+    texts = collections.defaultdict(set)
+    for file in kept.RESULTS.glob("*/*-*.json"):
+        sha = json.loads(file.read_text())["environment"]["text_sha256"]
+        texts[file.parent.name, file.name.split("-")[0]].add(sha)
+    assert len(texts) > 100
+    assert {row: found for row, found in texts.items() if len(found) > 1} == {}
 
 
 def test_a_table_without_files_stays_and_an_unknown_one_is_a_mistake(tmp_path):

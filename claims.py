@@ -447,7 +447,7 @@ WAYS = ("sdft", "SDFT"), ("kd", "KD"), ("sft", "SFT")
 
 
 def baselines_table(folder):
-    """Fig. 6 in numbers: each damage brought back in three ways."""
+    """Damages, each brought back in three ways."""
     def cell(runs, metric, way):
         stage = f"recovered_{way}"
         said = verdict(runs, metric, stage).replace("recovers: ", "")
@@ -771,7 +771,7 @@ def both(experiments):
 
 
 PICTURES = [  # file, how it is drawn, of which experiments' runs: the first that are there
-    ("fig6", pictures.fig6, ["baselines"], ["default", "damages"]),
+    ("fig6", pictures.fig6, ["default", "damages", "fp4"]),
     ("fig8a", pictures.fig8a, ["table1"], ["default"]),
     ("fig8b", pictures.fig8b, ["sweep"], ["default", "damages"]),
     ("along", pictures.along, ["along"])]

@@ -86,7 +86,7 @@ def fig6(pyplot, runs):
         draw_performance(axis, groups, metric)
     axes[0, -1].set_xscale("log")
     axes[0, 0].set_yticks(range(len(groups)), [name for name, _ in groups], fontsize=7)
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

@@ -288,7 +288,8 @@ def compression_table(folder, experiment):
     rows, used = [], []
     for model, suffix in MODELS.items():
         for n, task in enumerate(("science", "tooluse")):
-            runs = with_mean(runs_of(folder, COMPRESSIONS[experiment][n].replace("/", f"{suffix}/")))
+            where = COMPRESSIONS[experiment][n].replace("/", f"{suffix}/")
+            runs = with_mean(runs_of(folder, where))
             sound = with_mean(runs_of(folder, f"control{suffix}/{n}")) if runs else []
             used += runs, sound
             for metric in runs[0]["stages"]["healthy"] if runs else ():

@@ -68,7 +68,7 @@ EXPERIMENTS = {  # name -> options of each run, made with every seed
     "settings": [f"--degrade int4 {variant}" for variant in VARIANTS],
     "default": ["--degrade int4", "--degrade nf4", "--degrade ffn10"],
     "damages": [f"--degrade {damage}" for damage in (
-        "int3", "ffn20", "wanda50", "ffn10,nf4", "magnitude30", "magnitude2:4")],
+        "int3", "ffn10", "ffn20", "wanda50", "ffn10,nf4", "magnitude30", "magnitude2:4")],
     "fp4": ["--degrade nvfp4", "--degrade mxfp4"],
     "rates": [f"--degrade nf4 --lr-fraction {fraction}" for fraction in FRACTIONS],
     "demos": [f"--degrade nf4 --demo {demo}" for demo in ("quote", "none")],

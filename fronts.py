@@ -519,7 +519,7 @@ def draw(pyplot, runs):
 
 def draw_method(pair, points, front, data, color, label):
     """One method's points and its front in both panels."""
-    values = lambda p: retention(p, data, SCORED), first_kl
+    values = (lambda p: retention(p, data, SCORED)), first_kl
     for axis, value in zip(pair, values):
         axis.plot([gain(p, data, SCORED) for p in points], list(map(value, points)), ".",
                   color=color, alpha=0.5)

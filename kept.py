@@ -96,8 +96,7 @@ def command_of(config):
     words = ["python train.py"]
     for option, default in dataclasses.asdict(train.Config()).items():
         value = config.get(option, default)
-        if value != default and option not in (
-                "seed", "device", "dtype", "out", "save_every"):
+        if value != default and option not in ("seed", "device", "dtype", "out", "save_every"):
             words.append(tables.as_typed(option, value, isinstance(default, bool)))
     return " ".join(words)
 
@@ -162,8 +161,8 @@ def provenance(used):
         e = results["environment"]
         cores = f", {e['threads']} core" + "s" * (e["threads"] > 1)
         cores = "" if "NVIDIA" in e["processor"] else cores
-        cores += OTHER_TEXTS.get(e.get("text_sha256"), "")
-        where = (f"{e['model']} on {e['processor'].removeprefix('NVIDIA ')}{cores}, "
+        text = OTHER_TEXTS.get(e.get("text_sha256"), "")
+        where = (f"{e['model']} on {e['processor'].removeprefix('NVIDIA ')}{cores}{text}, "
                  f"{results['config']['dtype']}")
         groups.setdefault(where, []).append(results)
     return " ".join(f"{where}: {made_by(runs)}." for where, runs in groups.items())

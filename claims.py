@@ -268,13 +268,18 @@ def lora_table(folder):
 
 # ------------------------------------------------------------------------------ The paper's tables
 
-PAPER = {  # metric's beginning -> the paper's numbers
-    ("table2", "tooluse"): "3B 29.2 → 28.7 → 50.5; 7B 42.4 → 41.6 → 62.9",
-    ("table2", "science"): "3B 31.8 → 30.4 → 45.4; 7B 33.9 → 33.0 → 52.3",
-    ("table2", "general"): "3B 67.1 → 66.0 → 66.3; 7B 71.1 → 70.1 → 70.9",
-    ("table4", "tooluse"): "7B 29.9 → 28.5 → 34.1",
-    ("table4", "science"): "7B 38.8 → 33.7 → 43.4",
-    ("table4", "science, untrained"): "7B 38.8 → 33.7 → 35.8"}
+NF4_GENERAL = "3B 67.1 → 66.0 → 66.3; 7B 71.1 → 70.1 → 70.9"  # Table 3, whatever is taught
+PAPER = {  # experiment, taught on -> metric's beginning -> the paper's numbers
+    ("table2", "science"): {"science": "3B 31.8 → 30.4 → 45.4; 7B 33.9 → 33.0 → 52.3",
+                            "general": NF4_GENERAL},
+    ("table2", "tooluse"): {"tooluse": "3B 29.2 → 28.7 → 50.5; 7B 42.4 → 41.6 → 62.9",
+                            "general": NF4_GENERAL},
+    ("table4", "science"): {"science": "7B 38.8 → 33.7 → 43.4",
+                            "tooluse": "7B 29.9 → 28.5 → 33.0",
+                            "general": "7B 66.2 → 59.1 → 57.7"},
+    ("table4", "tooluse"): {"tooluse": "7B 29.9 → 28.5 → 34.1",
+                            "science": "7B 38.8 → 33.7 → 35.8",
+                            "general": "7B 66.2 → 59.1 → 63.7"}}
 GENERAL = "blimp_all", "arc_easy_all", "winogrande_all"  # Table 3's test sets here
 
 
@@ -292,11 +297,12 @@ def compression_table(folder, experiment):
             runs = with_mean(runs_of(folder, where))
             sound = with_mean(runs_of(folder, f"control{suffix}/{n}")) if runs else []
             used += runs, sound
+            theirs = PAPER[experiment, task]
             for metric in runs[0]["stages"]["healthy"] if runs else ():
                 way = [value(runs, metric, s) for s in ("healthy", "degraded", "recovered")]
                 rows.append([f"{model}, {task}", evaluate.metric_title(metric), *way,
                              few(sound, value(sound, metric)), number(runs),
-                             verdict(runs, metric), paper(experiment, task, metric)])
+                             verdict(runs, metric), theirs.get(metric.split("_")[0], "")])
     header = ["taught on", "metric", "healthy", "degraded", "recovered", "undamaged, trained alike",
               "n", "verdict", "the paper"]
     return listed(header, rows, used)
@@ -340,14 +346,6 @@ def of_kind(runs, stage, k):
 def few(runs, cell):
     """A cell of other runs than its row's, with n where they are not three."""
     return f"{cell} (n = {len(runs)})" if cell and len(runs) != 3 else cell
-
-
-def paper(experiment, task, metric):
-    """The paper's numbers beside this metric of a recovery on this task, or ''."""
-    begins = metric.split("_")[0]
-    if begins in ("science", "tooluse") and begins != task:
-        begins += ", untrained"
-    return PAPER.get((experiment, begins), "")
 
 
 def with_mean(runs):
@@ -712,16 +710,16 @@ def fair_claim(folder):
 
 
 CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () where it has no files
-    ("NF4, science (Table 2)", PAPER["table2", "science"],
+    ("NF4, science (Table 2)", PAPER["table2", "science"]["science"],
      partial(claimed, metric="science_phrasing", where=COMPRESSIONS["table2"][0],
              control="control/0")),
-    ("a tenth of the FFN, science (Table 4)", PAPER["table4", "science"],
+    ("a tenth of the FFN, science (Table 4)", PAPER["table4", "science"]["science"],
      partial(claimed, metric="science_phrasing", where=COMPRESSIONS["table4"][0],
              control="control/0")),
-    ("NF4, tool calls (Table 2)", PAPER["table2", "tooluse"],
+    ("NF4, tool calls (Table 2)", PAPER["table2", "tooluse"]["tooluse"],
      partial(claimed, metric="tooluse_request", where=COMPRESSIONS["table2"][1],
              control="control/1")),
-    ("NF4, general ability (Table 3)", PAPER["table2", "general"],
+    ("NF4, general ability (Table 3)", NF4_GENERAL,
      partial(claimed, metric="general_mean", where="table2/0")),
     ("forgetting, t = base, science (Table 1)", "3B 60.0 → 37.9 → 61.5",
      partial(claimed, metric="science_phrasing", where="table1/0", stage="recovered_base")),

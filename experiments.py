@@ -60,7 +60,7 @@ EXPERIMENTS = {  # name -> options of each run, made with every seed
     "table2": ["--degrade nf4 --data science,text",
                "--degrade nf4 --data tooluse,text --eval science"],
     "control": ["--degrade none", "--degrade none --data tooluse,text --eval science"],
-    "table4": ["--degrade ffn10 --data science,text",
+    "table4": ["--degrade ffn10 --data science,text --eval tooluse",
                "--degrade ffn10 --data tooluse,text --eval science"],
     "table5": [f"--model {SMALL} {how} --data {task},text" for task in ("science", "tooluse")
                for how in ("--degrade none --steps 50", "--bootstrap BASE")],

@@ -290,7 +290,18 @@ def test_tables_4_5_and_6_and_the_settings_are_made_of_their_files(tmp_path):
     metrics = three(science_phrasing=(38.0, 20.0, 30.0), science_element=(9.0, 5.0, 8.0),
                     perplexity=(15.0, 20.0, 17.0))
     put(tmp_path, "table4/1-0", made_up(metrics, degrade="ffn10", data="tooluse,text"))
-    assert "7B 38.8 → 33.7 → 35.8" in claims.TABLES["table4"](tmp_path)  # taught on tools
+    more = three(tooluse_request=(0.0, 0.0, 0.0),
+                 **dict.fromkeys(claims.GENERAL, (60.0, 50.0, 54.0)))
+    taught = made_up({stage: metrics[stage] | more[stage] for stage in metrics}, degrade="ffn10")
+    taught["items"] = {stage: dict.fromkeys(claims.GENERAL, "0110") for stage in metrics}
+    put(tmp_path, "table4/0-0", taught)
+    table = claims.TABLES["table4"](tmp_path)
+    for row, theirs in (("tooluse | science_phrasing", "38.8 → 33.7 → 35.8"),
+                        ("science | science_phrasing", "38.8 → 33.7 → 43.4"),
+                        ("science | tooluse_request", "29.9 → 28.5 → 33.0"),
+                        ("science | general_mean", "66.2 → 59.1 → 57.7")):
+        line = next(line for line in table.splitlines() if f"SmolLM2, {row}" in line)
+        assert line.endswith(f"| 7B {theirs} |")
     small = made_up(metrics, degrade="none")
     small["items"] = {"recovered": {"science_phrasing": "10"}}
     for n in range(2):

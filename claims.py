@@ -293,9 +293,8 @@ def compression_table(folder, experiment):
     rows, used = [], []
     for model, suffix in MODELS.items():
         for n, task in enumerate(("science", "tooluse")):
-            where = COMPRESSIONS[experiment][n].replace("/", f"{suffix}/")
-            runs = with_mean(runs_of(folder, where))
-            sound = with_mean(runs_of(folder, f"control{suffix}/{n}")) if runs else []
+            runs = with_mean(runs_of(folder, COMPRESSIONS[experiment][n], suffix))
+            sound = with_mean(runs_of(folder, f"control/{n}", suffix)) if runs else []
             used += runs, sound
             theirs = PAPER[experiment, task]
             for metric in runs[0]["stages"]["healthy"] if runs else ():
@@ -323,7 +322,7 @@ def kinds_table(folder):
                 ("science expert", "table1/0", ["healthy"]),
                 ("SFT on tool calls, t = base", "table1/0", ["degraded", "recovered_base"]),
                 ("the same, t = expert", "table1/0", ["degraded", "recovered_healthy"])):
-            runs = runs_of(folder, where.replace("/", f"{suffix}/"))
+            runs = runs_of(folder, where, suffix)
             if runs:
                 used.append(runs)
                 rows.append([f"{model}, {title}",
@@ -372,14 +371,14 @@ def change_of_mean(items, stage):
 
 
 FORGETTING = [  # stage, where, its name, the paper's Tooluse, Science, CKA (Sci), CKA (Tool)
-    ("base", "table1{}/0", "base", ""),
-    ("healthy", "table1{}/0", "science expert", "19.6, 60.0, 1, 1"),
-    ("degraded", "table1{}/0", "+ SFT on tool calls", "65.0, 37.9, .977, .939"),
-    ("recovered_base", "table1{}/0", "+ recovery, t = base", "66.0, 61.5, .991, .943"),
-    ("recovered_healthy", "table1{}/0", "+ recovery, t = expert", "57.7, 65.5, .988, .941"),
-    ("healthy", "table1{}/1", "second run: science expert", ""),
-    ("degraded", "table1{}/1", "+ SFT on tool calls", ""),
-    ("recovered", "table1{}/1", "+ recovery, t = expert, bare", "")]
+    ("base", "table1/0", "base", ""),
+    ("healthy", "table1/0", "science expert", "19.6, 60.0, 1, 1"),
+    ("degraded", "table1/0", "+ SFT on tool calls", "65.0, 37.9, .977, .939"),
+    ("recovered_base", "table1/0", "+ recovery, t = base", "66.0, 61.5, .991, .943"),
+    ("recovered_healthy", "table1/0", "+ recovery, t = expert", "57.7, 65.5, .988, .941"),
+    ("healthy", "table1/1", "second run: science expert", ""),
+    ("degraded", "table1/1", "+ SFT on tool calls", ""),
+    ("recovered", "table1/1", "+ recovery, t = expert, bare", "")]
 AT_DEFAULT_RATE = [  # the first run, from the expert on
     (stage, where.replace("table1", "table1_rate"), title, theirs)
     for stage, where, title, theirs in FORGETTING[1:5]]
@@ -390,7 +389,7 @@ def forgetting_table(folder, wanted):
     rows, used = [], []
     for model, suffix in MODELS.items():
         for stage, where, title, theirs in wanted:
-            runs = runs_of(folder, where.format(suffix))
+            runs = runs_of(folder, where, suffix)
             used.append(runs)
             if runs:
                 rows.append([f"{model}, {title}", *forgetting_cells(runs, stage), number(runs),
@@ -424,7 +423,7 @@ def bootstrap_table(folder):
     metrics = "science_phrasing", "science_element", "tooluse_request", "perplexity"
     for model, suffix in MODELS.items():
         for task, (metric, n, theirs) in BOOTSTRAP.items():
-            runs = [runs_of(folder, f"table5{suffix}/{n + k}") for k in (0, 1)]
+            runs = [runs_of(folder, f"table5/{n + k}", suffix) for k in (0, 1)]
             if not all(runs):
                 continue
             used += runs
@@ -454,7 +453,7 @@ def baselines_table(folder):
     rows, used = [], []
     for model, suffix in MODELS.items():
         for n in range(4):
-            runs = runs_of(folder, f"baselines{suffix}/{n}")
+            runs = runs_of(folder, f"baselines/{n}", suffix)
             used.append(runs)
             for metric in runs[0]["stages"]["healthy"] if runs else ():
                 rows.append([f"{model}, `{runs[0]['config']['degrade']}`",
@@ -469,7 +468,7 @@ def settings_table(folder):
     """One option changed at a time, both models."""
     rows = []
     for model, suffix in MODELS.items():
-        rows += [(f"{model}, the default", runs_of(folder, f"{where}{suffix}/0"))
+        rows += [(f"{model}, the default", runs_of(folder, f"{where}/0", suffix))
                  for where in ("default", "default-gpu")]
         for runs in each_number(folder, f"settings{suffix}"):
             config = runs[0]["config"] | {"degrade": "none", "model": ""}
@@ -600,10 +599,10 @@ def claimed(folder, metric, where, stage="recovered", control=""):
     where the undamaged model had the same training."""
     here, verdicts = [], []
     for model, suffix in MODELS.items():
-        runs = with_mean(runs_of(folder, where.replace("/", f"{suffix}/")))
+        runs = with_mean(runs_of(folder, where, suffix))
         way = runs and on_the_way(runs, metric, ("healthy", "degraded", stage))
         if way:
-            sound = control and runs_of(folder, control.replace("/", f"{suffix}/"))
+            sound = control and runs_of(folder, control, suffix)
             here.append(few(runs, f"{model} {way}"))
             if sound:
                 seeds = f", n = {len(sound)}" * (len(sound) != 3)
@@ -618,7 +617,7 @@ def small_claim(folder, task):
     """Table 5: the small model, direct and in two stages."""
     here, verdicts, (metric, n, _) = [], [], BOOTSTRAP[task]
     for model, suffix in MODELS.items():
-        direct, staged = (runs_of(folder, f"table5{suffix}/{n + k}") for k in (0, 1))
+        direct, staged = (runs_of(folder, f"table5/{n + k}", suffix) for k in (0, 1))
         if direct and staged:
             here.append(f"{model} {value(direct, metric, 'healthy')}, direct "
                         f"{value(direct, metric)}, two-stage {value(staged, metric)}")
@@ -716,6 +715,8 @@ CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () whe
     ("a tenth of the FFN, science (Table 4)", PAPER["table4", "science"]["science"],
      partial(claimed, metric="science_phrasing", where=COMPRESSIONS["table4"][0],
              control="control/0")),
+    ("a tenth of the FFN, general ability (Table 4)", PAPER["table4", "science"]["general"],
+     partial(claimed, metric="general_mean", where=COMPRESSIONS["table4"][0])),
     ("NF4, tool calls (Table 2)", PAPER["table2", "tooluse"]["tooluse"],
      partial(claimed, metric="tooluse_request", where=COMPRESSIONS["table2"][1],
              control="control/1")),

@@ -111,9 +111,10 @@ def as_lines(results):
 
 # ---------------------------------------------------------------------- Rows, columns, provenance
 
-def runs_of(folder, where):
-    """The kept results of EXPERIMENT/NUMBER, by seed; of several, "A/1|B/0", of the first there."""
-    for one in where.split("|"):
+def runs_of(folder, where, suffix=""):
+    """The kept results of EXPERIMENT/NUMBER, by seed; of several, "A/1|B/0", of the first there.
+    suffix: that of another model's experiments."""
+    for one in where.replace("/", f"{suffix}/").split("|"):
         files = sorted(folder.glob(f"{one}-*.json"), key=lambda f: int(f.stem.split("-")[1]))
         if files:
             return [tables.read_results(file) for file in files]

@@ -263,15 +263,16 @@ def run(options, out, further, keep=False, jobs=1):
 
 
 def with_options(options, further):
-    """Both, as one command line: what comes later wins, but everything in --eval is measured.
+    """Both, as one command line: what comes later wins, but everything in --eval is measured, once.
 
-    >>> with_options(["--eval", "a", "--steps", "9"], ["--eval", "b"])
+    >>> with_options(["--eval", "a", "--steps", "9"], ["--eval", "b,a"])
     ['--eval', 'a,b', '--steps', '9']
     """
     both = [*options, *further]
     asked = [i for i, word in enumerate(both) if word == "--eval"]
     for i in asked[:0:-1]:
-        both[asked[0] + 1] += "," + both[i + 1]
+        names = f"{both[asked[0] + 1]},{both[i + 1]}".split(",")
+        both[asked[0] + 1] = ",".join(dict.fromkeys(names))
         del both[i:i + 2]
     return both
 

@@ -176,7 +176,7 @@ def groups():
 
 
 def test_readme_lists_every_option_in_its_group():
-    lines = re.findall(r"(?:^  -|;) \*\*([\w ]+)\*\*[^`]*`(--[^`]+)`", README, re.M)
+    lines = re.findall(r"(?:^  -|;) \*\*([\w ]+)\*\*[^`]*`(--[^`]+)`(?=;|$)", README, re.M)
     assert {name: sorted(options.split()) for name, options in lines} == {
         name: sorted(options) for name, options in groups().items()}
 

@@ -25,6 +25,7 @@ from kept import (
     lead_of,
     likeness,
     listed,
+    minutes_of,
     number,
     on_the_way,
     paragraph,
@@ -258,6 +259,25 @@ def guard_table(folder):
         return f"{spent:.0f} of {whole:.0f}, {100 * spent / whole:.1f} %"
     rows = [(title, runs[:1]) for title, runs in rows_of(folder, ("SmolLM2, `int4`", "default/0"))]
     return table(rows, [("seconds, of the whole run's", seconds)])
+
+
+def minutes_table(folder):
+    """Of each experiment the number whose runs on two cores of a CPU took longest, seed by seed;
+    the longest first."""
+    found, longest = {}, {}
+    for file in sorted(folder.glob("*/*-*.json")):
+        results = tables.read_results(file)
+        e = results["environment"]
+        if e["threads"] == 2 and "NVIDIA" not in e["processor"]:
+            where = f"{file.parent.name}/{file.stem.split('-')[0]}"
+            found.setdefault(where, []).append(results)
+    for where in sorted(found, key=lambda where: -max(map(minutes_of, found[where]))):
+        longest.setdefault(where.split("/")[0], where)
+    rows = [(f"`{where}`", found[where]) for where in longest.values()]
+    return table(rows, [
+        ("minutes, by seed", lambda runs: ", ".join(f"{minutes_of(r):.1f}" for r in runs)),
+        ("peak memory, GiB",
+         lambda runs: f"{max(r['environment']['peak_memory_gib'] for r in runs):.1f}")])
 
 
 def lora_table(folder):
@@ -561,7 +581,7 @@ TABLES = {  # name in <!-- table NAME --> -> function of the folder of results
     "default": default_table, "damages": damages_table, "untaught": untaught_table,
     "scales": scales_table, "rates": rates_table, "teachers": teachers_table,
     "demos": demos_table, "text": text_table, "refusals": refusals_table,
-    "guard": guard_table, "lora": lora_table,
+    "guard": guard_table, "lora": lora_table, "minutes": minutes_table,
     "table1": partial(forgetting_table, wanted=FORGETTING),
     "table1_rate": partial(forgetting_table, wanted=AT_DEFAULT_RATE),
     "table2": partial(compression_table, experiment="table2"),
@@ -721,7 +741,7 @@ CLAIMS = [  # what, the paper's numbers, (here, verdict) from a folder or () whe
     ("NF4, tool calls (Table 2)", PAPER["table2", "tooluse"]["tooluse"],
      partial(claimed, metric="tooluse_request", where=COMPRESSIONS["table2"][1],
              control="control/1")),
-    ("NF4, general ability (Table 3)", NF4_GENERAL,
+    ("NF4, general ability, of Qwen 300 questions a test, taught science (Table 3)", NF4_GENERAL,
      partial(claimed, metric="general_mean", where="table2/0")),
     ("forgetting, t = base, science (Table 1)", "3B 60.0 → 37.9 → 61.5",
      partial(claimed, metric="science_phrasing", where="table1/0", stage="recovered_base")),

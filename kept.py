@@ -175,10 +175,15 @@ def made_by(runs):
     for r in runs:
         seeds.setdefault(command_of(r["config"]), set()).add(r["config"]["seed"])
     commits = sorted({commit_of(r) for r in runs})
-    minutes = [sum(r["seconds"].values()) / 60 for r in runs]
+    minutes = list(map(minutes_of, runs))
     spent = " to ".join(dict.fromkeys(f"{f(minutes):.1f}" for f in (min, max)))
     return (f"{commands(list(seeds))}; commit{plural(commits)}; {told_seeds(seeds)}; "
             f"{spent} minutes a run")
+
+
+def minutes_of(results):
+    """How long a run took."""
+    return sum(results["seconds"].values()) / 60
 
 
 def told_seeds(seeds):

@@ -29,18 +29,24 @@ def dry_run(c):
     points = len(range(c.measure_every, c.steps, c.measure_every)) if c.measure_every else 0
     points += len(parts_of(c))
     c.measure_every, c.interpolate = 0, ""  # a point takes what the measuring of a stage does
+    dtype = getattr(torch, c.dtype)
     with tempfile.TemporaryDirectory() as c.out:  # of this process alone
         run.teachers["healthy"] = run.teachers["base"]
         student, run.student = run.student, None
         times["healthy"] = time_to_measure(run, run.teachers["healthy"])
+        times["training"] = 0.0
+        for lesson in filter(None, (run.expert, run.forgetting)):
+            student, seconds = tried(run, student, lesson)
+            times["training"] += seconds
+            if lesson is run.expert:
+                run.teachers["healthy"] = frozen_copy(student, dtype)
         began = time.perf_counter()
         damage_(student, c, run.calibration)
-        times["degraded"] = time_to_measure(run, frozen_copy(student, getattr(torch, c.dtype)))
+        times["degraded"] = time_to_measure(run, frozen_copy(student, dtype))
         times["damage"] = time.perf_counter() - began - times["degraded"][1]
         trained = [lesson for lesson in run.recoveries if lesson.how != "none"]
         if trained:
-            training = time_to_train(run, student, trained[0])
-            times["training"] = training * len(trained)
+            times["training"] += tried(run, student, trained[0])[1] * len(trained)
     times["along"] = times["degraded"][0] * points * len(trained)
     show_plan(run, times)
     return 0
@@ -74,21 +80,23 @@ def seconds_of(function, *arguments):
     return time.perf_counter() - began
 
 
-def time_to_train(run, student, lesson):
-    """Seconds that a training takes, from a few of its steps; the guard's checks are counted."""
+def tried(run, student, lesson):
+    """(the student after a few steps of this training, the seconds that all of it would take, with
+    the guard's checks)."""
     steps = len(lesson.batches)
     part = sorted(lesson.batches, key=tokens_in)[-STEPS:]  # the longest take the most memory
     began = time.perf_counter()
-    recovered = train.teach(run, student, dataclasses.replace(lesson, batches=part))
+    student = train.teach(run, student, dataclasses.replace(lesson, batches=part))
     spent = time.perf_counter() - began
     evaluate.measure(dataclasses.replace(run.evaluation, splits=some_of(run.evaluation)),
-                     frozen_copy(recovered, getattr(torch, run.config.dtype)),
+                     frozen_copy(student, getattr(torch, run.config.dtype)),
                      run.kept)  # for the memory that it takes
-    each = [line["seconds"] for line in run.lines][1:] or [run.lines[0]["seconds"]]
-    step, watched = sum(each) / len(each), run.guard.get(lesson.stage, {"seconds": 0, "checks": []})
+    each = train.seconds_of_steps(run, lesson.stage)
+    step = sum(each[1:]) / len(each[1:]) if each[1:] else each[0]
+    watched = run.guard.get(lesson.stage, {"seconds": 0, "checks": []})
     check = watched["seconds"] / max(1, len(watched["checks"]))
-    once = spent - sum(line["seconds"] for line in run.lines) - watched["seconds"]
-    return once + steps * step + check * (1 + math.ceil(steps / 7))
+    once = spent - sum(each) - watched["seconds"]
+    return student, once + steps * step + check * (1 + math.ceil(steps / 7))
 
 
 def tokens_in(batch):
@@ -113,13 +121,9 @@ def show_plan(run, times):
     print(f"  each stage is measured: {questions} questions, {windows} windows of text, "
           f"{sum(map(len, evaluation.sequences.values()))} sequences for CKA")
     stages = sum(lesson.how != "none" for lesson in run.recoveries)
-    history = [lesson for lesson in (run.expert, run.forgetting) if lesson]
     measuring = times["healthy"][0] + times["degraded"][0] * (1 + stages + bool(run.expert))
     measuring += times["along"]
-    training = times.get("training", 0.0)
-    if history and stages:  # a step of theirs takes about as long
-        steps = sum(len(lesson.batches) for lesson in history)
-        training += training / stages / c.steps * steps
+    training = times["training"]
     total = measuring + training + times["damage"]
     size = 4 * run.facts["parameters"] / 2 ** 30  # of a student, float32
     memory = parallel.peak_memory_gib() + 2 * size * (len(run.recoveries) - 1)

@@ -397,6 +397,21 @@ def test_a_difference_has_the_noise_of_examples_and_of_seeds():
     assert kept.lead_of((one[:1], "recovered"), (other[1:], "recovered"), "task")[1] == np.inf
 
 
+def test_the_longest_runs_of_each_experiment_on_two_cores(tmp_path):
+    """Neither one core's nor a GPU's; the longest first."""
+    for name, minutes, threads, processor in (
+            ("table1/0-0", 12, 2, "CPU"), ("table1/0-1", 18, 2, "CPU"), ("table1/1-0", 16, 2, "CPU"),
+            ("table1/0-2", 30, 1, "CPU"),
+            ("fp4/1-0", 19, 2, "CPU"), ("gpu/0-0", 40, 2, "NVIDIA H200")):
+        results = made_up(three(task=(1.0, 0.0, 1.0)))
+        results["seconds"] = {"healthy": 60.0, "recovered training": 60.0 * (minutes - 1)}
+        results["environment"] |= {"threads": threads, "processor": processor,
+                                   "peak_memory_gib": 4.25}
+        put(tmp_path, name, results)
+    rows = claims.TABLES["minutes"](tmp_path).splitlines()[2:5]
+    assert rows == ["| `fp4/1` | 19.0 | 4.2 |", "| `table1/0` | 12.0, 18.0 | 4.2 |", ""]
+
+
 def test_each_kind_of_fact_has_its_accuracy(tmp_path):
     """science_phrasing asks symbol, number and name in turn."""
     phrasing = data.TASKS["science"]().eval["phrasing"]

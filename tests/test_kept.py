@@ -400,8 +400,8 @@ def test_a_difference_has_the_noise_of_examples_and_of_seeds():
 def test_the_longest_runs_of_each_experiment_on_two_cores(tmp_path):
     """Neither one core's nor a GPU's; the longest first."""
     for name, minutes, threads, processor in (
-            ("table1/0-0", 12, 2, "CPU"), ("table1/0-1", 18, 2, "CPU"), ("table1/1-0", 16, 2, "CPU"),
-            ("table1/0-2", 30, 1, "CPU"),
+            ("table1/0-0", 12, 2, "CPU"), ("table1/0-1", 18, 2, "CPU"),
+            ("table1/0-2", 30, 1, "CPU"), ("table1/1-0", 16, 2, "CPU"),
             ("fp4/1-0", 19, 2, "CPU"), ("gpu/0-0", 40, 2, "NVIDIA H200")):
         results = made_up(three(task=(1.0, 0.0, 1.0)))
         results["seconds"] = {"healthy": 60.0, "recovered training": 60.0 * (minutes - 1)}

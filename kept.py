@@ -182,7 +182,7 @@ def made_by(runs):
 
 
 def minutes_of(results):
-    """How long a run took."""
+    """What a run's stages took: without reading, writing and --interpolate."""
     return sum(results["seconds"].values()) / 60
 
 

@@ -13,7 +13,7 @@ import evaluate
 import parallel
 import resume
 import train
-from damage import damage_
+from damage import damage_, parse_damage
 from model import GPT, frozen_copy
 from prepare import parts_of, prepare
 
@@ -88,10 +88,10 @@ def tried(run, student, lesson):
     began = time.perf_counter()
     student = train.teach(run, student, dataclasses.replace(lesson, batches=part))
     spent = time.perf_counter() - began
-    evaluate.measure(dataclasses.replace(run.evaluation, splits=some_of(run.evaluation)),
-                     frozen_copy(student, getattr(torch, run.config.dtype)),
-                     run.kept)  # for the memory that it takes
-    each = train.seconds_of_steps(run, lesson.stage)
+    if lesson.recovery:  # for the memory that it takes
+        evaluate.measure(dataclasses.replace(run.evaluation, splits=some_of(run.evaluation)),
+                         frozen_copy(student, getattr(torch, run.config.dtype)), run.kept)
+    each = train.seconds_of_steps(run, lesson.stage) or [0.0]  # none, if the first diverged
     step = sum(each[1:]) / len(each[1:]) if each[1:] else each[0]
     watched = run.guard.get(lesson.stage, {"seconds": 0, "checks": []})
     check = watched["seconds"] / max(1, len(watched["checks"]))
@@ -121,8 +121,9 @@ def show_plan(run, times):
     print(f"  each stage is measured: {questions} questions, {windows} windows of text, "
           f"{sum(map(len, evaluation.sequences.values()))} sequences for CKA")
     stages = sum(lesson.how != "none" for lesson in run.recoveries)
-    measuring = times["healthy"][0] + times["degraded"][0] * (1 + stages + bool(run.expert))
-    measuring += times["along"]
+    damaged = run.forgetting or c.student or parse_damage(c.degrade)
+    measuring = times["degraded"][0] * (stages + bool(run.expert) + bool(damaged))
+    measuring += times["healthy"][0] + times["along"]
     training = times["training"]
     total = measuring + training + times["damage"]
     size = 4 * run.facts["parameters"] / 2 ** 30  # of a student, float32

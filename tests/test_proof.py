@@ -111,6 +111,20 @@ def test_a_dry_run_says_what_to_expect_and_writes_nothing(options, folder, tmp_p
     assert ("degraded: sft, 20 steps" in said) == ("--forget" in options)
 
 
+@pytest.mark.parametrize("options, stages", [
+    ("--forget tooluse --teacher base,healthy", ["healthy", "degraded", "recovered_base"]),
+    ("--degrade none --bootstrap {}", ["healthy", "recovered"]),
+    ("--degrade int4", ["recovered"])])
+def test_a_dry_run_tries_each_kind_of_training_in_the_order_of_the_run(options, stages, folder,
+                                                                       tmp_path, monkeypatch):
+    tried, teach = [], train.teach
+    monkeypatch.setattr(train, "teach", lambda run, student, lesson: (
+        tried.append(lesson.stage), teach(run, student, lesson))[1])
+    assert train.main([*QUICK, *options.format(folder).split(), "--model", str(folder),
+                       "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert tried == stages
+
+
 def test_a_dry_run_finds_a_mistake(folder, tmp_path, capsys):
     assert train.main([*QUICK, "--model", str(folder), "--group-size", "7", "--dry-run"]) == 2
     assert "group_size 7" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from kept import (
     lead_of,
     likeness,
     listed,
+    machine,
     minutes_of,
     number,
     on_the_way,
@@ -267,8 +268,7 @@ def minutes_table(folder):
     found, longest = {}, {}
     for file in sorted(folder.glob("*/*-*.json")):
         results = tables.read_results(file)
-        e = results["environment"]
-        if e["threads"] == 2 and "NVIDIA" not in e["processor"]:
+        if results["environment"]["threads"] == 2 and not machine([results]):
             where = f"{file.parent.name}/{file.stem.split('-')[0]}"
             found.setdefault(where, []).append(results)
     for where in sorted(found, key=lambda where: -max(map(minutes_of, found[where]))):

@@ -13,7 +13,7 @@ import evaluate
 import parallel
 import resume
 import train
-from damage import damage_, parse_damage
+from damage import damage_
 from model import GPT, frozen_copy
 from prepare import parts_of, prepare
 
@@ -92,7 +92,8 @@ def tried(run, student, lesson):
         evaluate.measure(dataclasses.replace(run.evaluation, splits=some_of(run.evaluation)),
                          frozen_copy(student, getattr(torch, run.config.dtype)), run.kept)
     each = train.seconds_of_steps(run, lesson.stage) or [0.0]  # none, if the first diverged
-    step = sum(each[1:]) / len(each[1:]) if each[1:] else each[0]
+    later = each[1:] or each  # the first step is slower
+    step = sum(later) / len(later)
     watched = run.guard.get(lesson.stage, {"seconds": 0, "checks": []})
     check = watched["seconds"] / max(1, len(watched["checks"]))
     once = spent - sum(each) - watched["seconds"]
@@ -121,8 +122,7 @@ def show_plan(run, times):
     print(f"  each stage is measured: {questions} questions, {windows} windows of text, "
           f"{sum(map(len, evaluation.sequences.values()))} sequences for CKA")
     stages = sum(lesson.how != "none" for lesson in run.recoveries)
-    damaged = run.forgetting or c.student or parse_damage(c.degrade)
-    measuring = times["degraded"][0] * (stages + bool(run.expert) + bool(damaged))
+    measuring = times["degraded"][0] * (stages + bool(run.expert) + train.is_damaged(run))
     measuring += times["healthy"][0] + times["along"]
     training = times["training"]
     total = measuring + training + times["damage"]

@@ -266,11 +266,16 @@ def make_degraded(run, student):
     if run.forgetting:
         student = teach(run, student, run.forgetting)
     run.facts["damage"] = damage_(student, c, run.calibration)
-    if run.forgetting or c.student or parse_damage(c.degrade):
+    if is_damaged(run):
         measure(run, "degraded", frozen_copy(student, getattr(torch, c.dtype)))
     else:
         run.stages["degraded"] = run.stages["healthy"]
     return student
+
+
+def is_damaged(run):
+    """Whether the student begins its recoveries as another than the healthy model."""
+    return bool(run.forgetting or run.config.student or parse_damage(run.config.degrade))
 
 
 def measure(run, stage, model):

@@ -1,25 +1,35 @@
-"""GPT-2, Llama, Mistral, Qwen2, Qwen3 and SmolLM3 as one class: a decoder-only transformer, and
-batched generation.
+"""GPT-2, Llama, Mistral, Qwen2, Qwen3 and SmolLM3 as one class: a decoder-only transformer, batched
+generation, and models on disk as Hugging Face lays them out.
 
-One `GPTConfig` describes them all. What differs is learned positions or RoPE (scaled in Llama 3,
-not in every layer of SmolLM3), LayerNorm or RMSNorm (in Qwen3 of queries and keys, too), a plain or
-a gated FFN, and which linears carry a bias. Sub-modules carry the names of a Llama checkpoint.
-Shapes: B rows, T tokens of this call, S tokens in the cache, D model width, H heads, G key-value
+One `GPTConfig` describes them all. They differ in learned positions or RoPE (scaled in Llama 3,
+left out of some layers in SmolLM3), LayerNorm or RMSNorm (Qwen3 norms queries and keys as well), a
+plain or a gated FFN, and which linears carry a bias. Sub-modules carry a Llama checkpoint's names.
+Shapes: B rows, T tokens in this call, S tokens in the cache, D model width, H heads, G key-value
 heads, K head width, V vocabulary. Padding stands on the right, where a causal model needs no mask
 for it: a real token never looks to its right, and a token's position is its column.
 
 Attention has one seam, `attend(q, k, v)`: plain causal attention, or a KVCache's, or one that is
 passed in. Everything else treats each token alike.
 """
-import copy
+import hashlib
+import json
 import math
 import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    """Sizes and switches of one decoder."""
+    """The sizes and switches that make one decoder."""
 
     model_type: str = "llama"       # gpt2 | llama | mistral | qwen2 | qwen3 | smollm3
     vocab_size: int = 49152         # V
@@ -44,9 +54,9 @@ class GPTConfig:
     out_bias: bool = False          # bias of the attention output projection
     mlp_bias: bool = False
     tie_embeddings: bool = True     # the head is the embedding matrix
-    activation: str = ""            # of the FFN, in ACTIVATIONS; "": silu, in GPT-2 gelu_new
+    activation: str = ""            # key of ACTIVATIONS; "" is silu, in GPT-2 gelu_new
     rope_scaling: dict = field(default_factory=dict)  # as in config.json, see rope_frequencies
-    no_rope: tuple = ()             # the layers that do without RoPE
+    no_rope: tuple = ()             # layers that do without RoPE
     hf: dict = field(default_factory=dict, repr=False, compare=False)  # config.json, as it was read
 
     def __post_init__(self):
@@ -82,10 +92,7 @@ def attention_dtype(device, dtype):
 
 
 class KVCache:
-    """Keys and values of every token seen so far; row b holds `length[b]` tokens.
-
-    k, v [n_layer, B, S, G, K].
-    """
+    """k, v [n_layer, B, S, G, K] of every token seen so far; row b holds `length[b]` tokens."""
 
     def __init__(self, model, rows, capacity):
         c, device = model.config, model.device
@@ -114,7 +121,7 @@ class KVCache:
         return [partial(attend_in_layer, k, v) for k, v in zip(self.k, self.v)]
 
     def begin_with(self, beginning):
-        """Put what another cache holds, of one row, before every row of this one."""
+        """Put the one row of another cache before every row of this one."""
         P = int(beginning.length)
         self.k[:, :, :P], self.v[:, :, :P] = beginning.k[:, :, :P], beginning.v[:, :, :P]
         self.length += P
@@ -131,9 +138,9 @@ def rope_frequencies(config, device=None):
     """[K/2]: the angle, in radians, by which each pair turns from a token to the next,
     theta^(-2i/K), scaled as `rope_scaling` says.
 
-    linear: all slower by `factor`. longrope: each slower by its own. llama3: as they are where a
-    turn takes less than original / high tokens, slower by `factor` where it takes more than
-    original / low, and in between by a weighted mean of the two.
+    linear: all are slower by `factor`. longrope: each is slower by its own. llama3: those that take
+    fewer than original / high tokens for a turn stay, those that take more than original / low are
+    slower by `factor`, and those in between take a weighted mean of the two.
     """
     half = torch.arange(0, config.head_dim, 2, device=device).float()
     frequencies, scaling = config.rope_theta ** (-half / config.head_dim), config.rope_scaling
@@ -159,8 +166,8 @@ def rope_angles(config, positions, dtype):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate pairs (i, i + K/2) of x [B, T, heads, K]; cos is (cos, cos) and sin (-sin, sin), see
-    `rope_angles`: x_i cos - x_{i+K/2} sin, and x_{i+K/2} cos + x_i sin."""
+    """Rotate pairs (i, i + K/2) of x [B, T, heads, K] by `rope_angles`' (cos, cos), (-sin, sin):
+    x_i cos - x_{i+K/2} sin, and x_{i+K/2} cos + x_i sin."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -270,7 +277,7 @@ class GPT(nn.Module):
 
         With hidden=True -> (x, [h_1 … h_L]), the blocks' outputs [B, T, D], the last after the
         final norm. cache (KVCache) holds the tokens before these and takes these in; lengths [B]
-        says how many of a row are real, where padding follows them. attend and positions
+        says how many tokens of each row are real, where padding follows them. attend and positions
         [1 or B, T] may be given, for tokens that stand in another order. ValueError if a row
         outgrows the context.
         """
@@ -285,9 +292,7 @@ class GPT(nn.Module):
             x = x + self.embed_positions(positions)
         else:
             rope = rope_angles(self.config, positions, attention_dtype(x.device, x.dtype))
-        attends = [attend] * len(self.layers)
-        if cache:
-            attends = cache.attends(positions, longest)
+        attends = cache.attends(positions, longest) if cache else [attend] * len(self.layers)
         for i, layer in enumerate(self.layers):
             turned = None if i in self.config.no_rope else rope
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -321,26 +326,70 @@ class GPT(nn.Module):
 
     def named_weights(self):
         """(name, weight) of every parameter, under its name in a plain GPT, see `weight`."""
-        names = []
-        for name, _ in self.named_parameters():
-            owner, parametrized, rest = name.partition(".parametrizations.")
-            if not parametrized:
-                names.append(name)
-            elif rest.endswith(".original"):  # else it is a low-rank factor
-                names.append(f"{owner}.{rest.removesuffix('.original')}")
-        return ((name, self.weight(name)) for name in names)
+        for name in [name for name, _ in self.named_parameters()]:
+            if ".parametrizations." not in name or name.endswith(".original"):  # no low-rank factor
+                name = name.replace(".parametrizations.", ".").removesuffix(".original")
+                yield name, self.weight(name)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """The model of a Hugging Face folder or of a GGUF file; FileNotFoundError or ValueError in
-        one line."""
-        from checkpoint import read_model
-        return read_model(folder, dtype, device)
+        """The model in a Hugging Face folder: config.json and *.safetensors.
+
+        ValueError or OSError in one line where `config_of` does not know the architecture, and
+        where a tensor is missing, unknown, quantized, not finite, or of another shape.
+        """
+        folder, head = check_folder(folder), "lm_head.weight"
+        config, tensors = read_config(folder), read_tensors(folder)
+        prefix = "transformer." if config.model_type == "gpt2" else "model."
+        if not any(key.startswith(prefix) for key in tensors):  # stored as a model without a head
+            tensors = {key if key == head else prefix + key: w for key, w in tensors.items()}
+        if config.tie_embeddings and head in tensors:  # either may be stored; if they differ: both
+            w = tensors.setdefault(tensor_name(config, "embed_tokens.weight")[0], tensors[head])
+            config.tie_embeddings = torch.equal(w, tensors[head].to(w.dtype))
+            if config.tie_embeddings:
+                del tensors[head]
+        with torch.device("meta"):
+            model = cls(config)
+        names, state = {name: tensor_name(config, name) for name, _ in model.named_parameters()}, {}
+        keys = {key for key, *_ in names.values()}
+        for key in sorted(keys ^ tensors.keys()):
+            what = "is missing" if key in keys else f"has no place in a {config.model_type} model"
+            raise ValueError(f"{folder}: tensor {key} {what}")
+        for name, (key, third, transposed) in names.items():
+            w = tensors[key].T if transposed else tensors[key]
+            w = w if third is None else w.chunk(3)[third]
+            if w.shape != model.get_parameter(name).shape:
+                raise ValueError(f"{folder}: tensor {key} has shape {tuple(tensors[key].shape)}, "
+                                 "which does not fit config.json")
+            state[name] = w.to(device, dtype).contiguous()
+            if not state[name].isfinite().all():
+                raise ValueError(f"{folder}: tensor {key} is not finite in {dtype}")
+        model.load_state_dict(state, assign=True)
+        return model
 
     def save_pretrained(self, folder):
         """Write a Hugging Face folder that transformers loads; weights as they act."""
-        from checkpoint import save_model
-        save_model(self, folder)
+        parts, transposed, folder = {}, {}, Path(folder)
+        for name, w in self.named_weights():  # the thirds of a fused QKV come in order
+            key, _, transposed[key] = tensor_name(self.config, name)
+            parts.setdefault(key, []).append(w.cpu())
+        widest = reduce(torch.promote_types, (w.dtype for ws in parts.values() for w in ws))
+        tensors = {key: torch.cat(ws).to(widest) for key, ws in parts.items()}
+        tensors = {key: (w.T if transposed[key] else w).contiguous() for key, w in tensors.items()}
+        config = config_json(self.config) | dict.fromkeys(("torch_dtype", "dtype"), str(widest)[6:])
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "model.safetensors.part"
+        try:
+            part.touch()
+            mode = part.stat().st_mode  # follows the umask, which safetensors' own file does not
+            save_file(tensors, part, metadata={"format": "pt"})
+            part.chmod(mode)
+            (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            os.replace(part, folder / "model.safetensors")
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{folder}: {error}") from None
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def parametrizations_of(module, name):
@@ -355,23 +404,6 @@ def frozen_copy(model, dtype):
     state = {name: w.to(dtype, copy=True) for name, w in model.named_weights()}
     plain.load_state_dict(state, assign=True)
     return plain.requires_grad_(False).eval()
-
-
-def own_copy(model):
-    """copy.deepcopy that shares nothing with the original.
-
-    torch.nn.utils.parametrize gives each module a class of its own, whose properties are the
-    parametrized weights and know the module's place in its cache. deepcopy shares that class: what
-    is registered on the copy would change the original, too. Here the copy gets its own.
-    """
-    model = copy.deepcopy(model)
-    for module in filter(parametrize.is_parametrized, model.modules()):
-        cls, shared = type(module), {"__dict__", "__weakref__", *module.parametrizations}
-        own = {name: value for name, value in vars(cls).items() if name not in shared}
-        module.__class__ = type(cls.__name__, cls.__bases__, own)
-        for name in module.parametrizations:
-            parametrize._inject_property(module, name)
-    return model
 
 
 # ------------------------------------------------------------------------------------ generation

@@ -11,16 +11,13 @@ s and zero point z:
 
     w_hat = s (q - z)
 
-The asymmetric range is first widened to hold 0, so that 0 stays exactly 0. The paper's own NF4 and
-two FP4 formats are here too. The paper does not say how the quantized student trains. We train
-straight through (Bengio et al., 1308.3432): w_hat is used forward, and its gradient goes to w as if
-rounding were the identity, except where w was clipped. QLoRA is the other way: a frozen grid and a
-low-rank update. `compute_in_` comes last: it rounds to bfloat16, for speed only. The weight as it
-acts without that rounding is saved (`model.GPT.weight`); a copy in --dtype is measured. `bake_`,
-for callers of their own, makes the weights that act ordinary parameters.
+The asymmetric range is first widened to hold 0, so that 0 stays exactly 0. The paper's own NF4 is
+here too. The paper does not say how the quantized student trains. Here it trains straight through
+(Bengio et al., 1308.3432): w_hat is used forward, and its gradient goes to w as if rounding were
+the identity, except where w was clipped. QLoRA is the other way: a frozen grid and a low-rank
+update. `compute_in_` comes last and only rounds to bfloat16, for speed: what is saved is the weight
+as it acts without that rounding (`model.GPT.weight`).
 """
-import re
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -172,38 +169,10 @@ def nf4_dequantize(codes, absmax, shape, block_size=64):
     return values.flatten()[:codes.numel()].reshape(shape)
 
 
-def quantize_absmax(absmax, block_size=256):
-    """Double quantization: absmax as it comes back from 8 bits, with the mean taken off first
-    (QLoRA §3), float32 [blocks].
-
-    The 8-bit code is bitsandbytes' dynamic one (2110.02861): a sign, a power of ten, and a fraction
-    of the bits left.
-    """
-    mean = absmax.mean()
-    blocks = _blocks(absmax - mean, block_size)
-    scale = blocks.abs().amax(1, keepdim=True)
-    code = _dynamic_code().to(absmax.device)
-    unit = blocks * (1 / scale.clamp(min=1e-38))
-    values = code[torch.bucketize(unit, _midpoints(code))] * scale
-    return values.flatten()[:absmax.numel()] + mean
-
-
-def fake_nf4(w, double=False):
-    """w -> w_hat on the NF4 grid; the gradient passes to w everywhere. double: quantize absmax."""
+def fake_nf4(w, group_size=None, symmetric=True):
+    """w -> w_hat on the NF4 grid, whatever the group size; the gradient passes to w everywhere."""
     codes, absmax = nf4_quantize(w.detach())
-    absmax = quantize_absmax(absmax) if double else absmax
     return StraightThrough.apply(w, nf4_dequantize(codes, absmax, w.shape), None)
-
-
-def _dynamic_code():
-    """The 256 values of the dynamic 8-bit code, rising: for each power of ten, 2^i equal steps from
-    a tenth of it to itself."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** i + 1, dtype=torch.float32)
-        steps = 10 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
-        values += [*steps.tolist(), *(-steps).tolist()]
-    return torch.tensor(sorted(values))
 
 
 def _midpoints(code):
@@ -216,73 +185,18 @@ def _blocks(x, size):
     return nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
 
 
-# ------------------------------------------------------------------------------------------- FP4
-# E2M1, a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6. Blocks of
-# inputs share a scale. What a scale leaves above 6, rounded, is clipped, as on an asymmetric grid.
-
-FP4_BLOCK = {"mxfp4": 32, "nvfp4": 16}
-
-
-def round_fp4(x):
-    """x -> (the nearest E2M1 value, ties to the even mantissa, at most 6; bool: not clipped).
-
-    >>> round_fp4(torch.tensor([0.25, 0.75, -2.5, 5.0, 6.9, 7.0]))
-    (tensor([ 0.,  1., -2.,  4.,  6.,  6.]), tensor([ True,  True,  True,  True,  True, False]))
-    """
-    size = x.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    values = (x / step).round_().mul_(step)
-    return values.clamp(-6, 6), values.abs() <= 6
-
-
-def fake_mxfp4(w):
-    """w [out, in] -> w_hat: blocks of 32 inputs, X = 2^(floor(log2 amax) - 2) (OCP MX 1.0, §6.3).
-
-    This is the floor rule: what lies above 6 X becomes 6 X, and no gradient passes above 7 X.
-
-    >>> fake_mxfp4(torch.tensor([[7.5, -1.2] + 30 * [0.1]]))[0, :3]              # X = 1
-    tensor([ 6., -1.,  0.])
-    """
-    blocks = _fp4_blocks(w, "mxfp4")
-    amax = blocks.abs().amax(-1, keepdim=True)
-    exponent = torch.frexp(amax).exponent - 3  # frexp's mantissa is in [1/2, 1)
-    scale = torch.ldexp(torch.ones_like(amax), exponent.clamp(-127, 127))
-    values, passes = round_fp4(blocks / scale)
-    return StraightThrough.apply(w, (values * scale).view(w.shape), passes.view(w.shape))
-
-
-def fake_nvfp4(w):
-    """w [out, in] -> w_hat: blocks of 16 inputs with a scale s in E4M3, times one of the tensor, g
-    = amax / (6 * 448) (2509.25149).
-
-    >>> fake_nvfp4(torch.tensor([[2688.0, 400.0] + 14 * [0.0]]))[0, :2]          # g = 1, s = 448
-    tensor([2688.,  448.])
-    """
-    blocks = _fp4_blocks(w, "nvfp4")
-    amax = blocks.abs().amax(-1, keepdim=True)
-    of_tensor = (amax.max() / (6 * 448)).clamp(min=2 ** -121)  # its inverse by s stays finite
-    scale = (amax / 6 / of_tensor).clamp(2 ** -6, 448)  # a cast alone need not saturate
-    scale = scale.to(torch.float8_e4m3fn).float()
-    values, passes = round_fp4(blocks * (1 / of_tensor / scale))
-    w_hat = values * (of_tensor * scale)
-    return StraightThrough.apply(w, w_hat.view(w.shape), passes.view(w.shape))
-
-
-def _fp4_blocks(w, scheme):
-    """w [out, in] in float32 -> [out, blocks, inputs of a block]."""
-    size = FP4_BLOCK[scheme]
-    if w.size(1) % size:
-        blocks = f"{scheme}'s blocks of {size} do"
-        raise ValueError(f"{blocks} not divide the {w.size(1)} inputs of a linear layer")
-    return w.detach().float().reshape(w.size(0), -1, size)
-
-
 # ---------------------------------------------------------------------- on the linears of a model
+
+# --degrade's name -> a function of w, group_size and symmetric that gives w_hat
+SCHEMES = {f"int{bits}": partial(fake_quantize, bits=bits) for bits in range(2, 9)}
+SCHEMES["nf4"] = fake_nf4
+BLOCK: dict[str, int] = {}  # scheme -> inputs that share a scale, where its format fixes them
+
 
 class FakeQuantize(nn.Module):
     """A parametrization: computation sees the weight on its grid, the optimizer in full precision.
 
-    quantize(w) -> w_hat, as `fake_quantize`, `fake_nf4`, `fake_mxfp4` or `fake_nvfp4`.
+    quantize(w) -> w_hat, as `fake_quantize` or `fake_nf4`.
     """
 
     def __init__(self, quantize):
@@ -293,25 +207,16 @@ class FakeQuantize(nn.Module):
         return self.quantize(w)
 
 
-def quantize_(model, scheme, group_size=None, symmetric=True, double=False):
-    """Fake-quantize, in place, every linear of the blocks ('int2' … 'int8', 'nf4', 'nvfp4',
-    'mxfp4').
+def quantize_(model, scheme, group_size=None, symmetric=True):
+    """Fake-quantize, in place, every linear of the blocks by a name in SCHEMES.
 
-    Embeddings, head and norms stay. group_size and symmetric are for the integers, double for NF4.
-    Returns the number of weights put on the grid. ValueError for an unknown scheme or a group size
-    that does not fit, before anything is changed.
+    Embeddings, head and norms stay. Returns how many weights were put on the grid. ValueError for
+    an unknown scheme or a group size that does not fit, before anything is changed.
     """
-    bits, linears = re.fullmatch(r"int([2-8])", scheme), block_linears(model)
-    if bits:
-        quantize = partial(fake_quantize, bits=int(bits[1]), group_size=group_size,
-                           symmetric=symmetric)
-    else:
-        floats: dict[str, Callable] = {"nf4": partial(fake_nf4, double=double),
-                                       "mxfp4": fake_mxfp4, "nvfp4": fake_nvfp4}
-        if scheme not in floats:
-            known = f"int2 … int8, {', '.join(floats)}"
-            raise ValueError(f"unknown quantization scheme {scheme!r}: choose of {known}")
-        quantize = floats[scheme]
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown quantization scheme {scheme!r}: choose of {', '.join(SCHEMES)}")
+    quantize = partial(SCHEMES[scheme], group_size=group_size, symmetric=symmetric)
+    linears = block_linears(model)
     for linear in linears:
         quantize(linear.weight[:1])  # raises what it has to, on one row
     for linear in linears:
@@ -320,7 +225,7 @@ def quantize_(model, scheme, group_size=None, symmetric=True, double=False):
 
 
 def block_linears(model):
-    """The linears of a transformer's blocks; its head, tied or not, is none of them."""
+    """The linears of a transformer's blocks, without the head."""
     return [m for name, m in model.named_modules()
             if isinstance(m, nn.Linear) and not name.endswith("lm_head")]
 

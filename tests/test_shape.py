@@ -1,185 +1,106 @@
-"""The shape of this repository: who imports whom, how long a function is, what an import does."""
+"""The repository stays what it is for: seven files that stand alone, and sums that they keep to."""
 import ast
-import os
+import dataclasses
 import re
-import shutil
-import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
+import sdft
 import train
 
 ROOT = Path(train.__file__).parent
-FILES = sorted(ROOT.glob("*.py"))
-OURS = {path.stem for path in FILES}
-ALL = [*FILES, *sorted((ROOT / "tests").glob("*.py"))]
-SEVEN = "sdft", "model", "quant", "prune", "cka", "data", "train"
-
-IMPORTS = {  # of ours, at the top of each of the files that are the paper, and of some others
-    "sdft": {"cka"}, "model": set(), "quant": set(), "prune": {"quant"}, "cka": set(),
-    "data": {"files", "instructions", "rows", "tokenizer"}, "rows": {"files"},
-    "instructions": set(), "template": {"files"},
-    "tokenizer": {"bpe", "files", "pieces", "template"}, "pieces": {"bpe"}, "bpe": set(),
-    "files": set(), "checkpoint": {"files", "gguf_file", "hf_config", "model"},
-    "gguf_file": {"files", "hf_config", "model", "pieces"}, "hf_config": {"files", "model"},
-    "fast": {"model", "sdft"},
-    "evaluate": {"cka", "data", "files", "parallel", "sdft"},
-    "damage": {"files", "parallel", "prune", "quant"},
-    "guard": {"cka", "evaluate", "parallel", "sdft"}}
+SEVEN = [ROOT / f"{name}.py" for name in "sdft cka quant prune model data train".split()]
+EXTRAS = sorted((ROOT / "extras").glob("*.py"))
+TINY = ["--steps", "2", "--batch-size", "2", "--eval-limit", "4", "--eval-tokens", "4",
+        "--rollout-tokens", "4", "--teacher-check", "2", "--cka-samples", "4",
+        "--group-size", "16", "--degrade", "int4"]
 
 
-def tree_of(path):
-    return ast.parse(path.read_text(encoding="utf-8"))
+def lines(paths):
+    return sum(len(path.read_text().splitlines()) for path in paths)
 
 
-def imported(node):
-    """The names of ours that a node imports."""
-    if isinstance(node, ast.Import):
-        return {alias.name for alias in node.names} & OURS
-    return {node.module} & OURS if isinstance(node, ast.ImportFrom) else set()
+def test_the_sums():
+    assert lines(SEVEN) <= 2800
+    assert lines(EXTRAS) <= 1600
+    assert lines((ROOT / "paper").glob("*.py")) <= 900
+    assert lines((ROOT / "tests").rglob("*.py")) <= 7500
 
 
-def top_imports(module):
-    """What of ours is imported when this module is."""
-    return set().union(*map(imported, tree_of(ROOT / f"{module}.py").body))
+def test_nothing_else_stands_at_the_root():
+    known = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", "extras", "paper",
+             "tests", "out", "runs", "__pycache__"}
+    there = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert there - known == {path.name for path in SEVEN}
 
 
-def inner_imports(module):
-    """[(function, what of ours it imports), …]."""
-    found = []
-    for function in ast.walk(tree_of(ROOT / f"{module}.py")):
-        if isinstance(function, ast.FunctionDef):
-            names = set().union(*map(imported, ast.walk(function)))
-            found += [(function.name, name) for name in sorted(names)]
+def test_options_and_fields():
+    assert len(dataclasses.fields(train.Config)) + 1 <= 42  # and --with
+    for path in [*SEVEN, *EXTRAS]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name not in ("Config", "GPTConfig"):
+                assert sum(isinstance(x, ast.AnnAssign) for x in node.body) <= 12, node.name
+
+
+def imports(path):
+    """Names of the modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-# ------------------------------------------------------------------------------------- imports
-
-@pytest.mark.parametrize("module", IMPORTS)
-def test_a_file_of_the_paper_imports_what_the_table_says(module):
-    assert top_imports(module) == IMPORTS[module]
-
-
-def test_what_is_imported_within_functions():
-    """A model knows of file formats where it is read and written, and fast.py is chosen once."""
-    found = {module: inner_imports(module) for module in OURS - {"bench"}}
-    assert {module: names for module, names in found.items() if names} == {
-        "model": [("from_pretrained", "checkpoint"), ("save_pretrained", "checkpoint")],
-        "prepare": [("implementation", "fast")],
-        "tokenizer": [("load_tokenizer", "checkpoint")], "train": [("whole_run", "proof")]}
+def test_no_extra_knows_another_and_the_seven_know_none():
+    for path in [*SEVEN, *EXTRAS]:
+        others = {name for name in imports(path) if name.split(".")[0] in ("extras", "paper")}
+        assert not others, path.name
+    for path in SEVEN:
+        names = re.findall(r"extras[/.](\w+)", path.read_text())
+        assert not names, (path.name, names)
 
 
-def test_no_file_imports_itself_by_way_of_others():
-    order, left = [], {module: top_imports(module) for module in OURS}
-    while left:
-        ready = [module for module, needs in left.items() if needs <= set(order)]
-        assert ready, f"these import each other: {sorted(left)}"
-        order += ready
-        left = {module: needs for module, needs in left.items() if module not in ready}
+def test_lines_are_short():
+    for path in [*SEVEN, *EXTRAS, *(ROOT / "paper").glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path.name
 
 
-def test_the_files_that_are_the_paper_are_there():
-    assert set(SEVEN) <= OURS
-    assert not {"hf_folder", "fetch", "machine", "lora", "report"} & OURS
-    assert all(path.stem == "conftest" or path.stem.startswith("test_")
-               for path in (ROOT / "tests").glob("*.py"))
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """(our functions that a tiny default run enters, the calls from main to forward_kl)."""
+    from conftest import make_folder
+    tmp, entered, stacks = tmp_path_factory.mktemp("traced"), set(), []
+    folder = make_folder(tmp / "model")
+
+    def profile(frame, event, arg):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.parent in (ROOT, ROOT / "extras"):
+            if not frame.f_code.co_name.startswith("<"):
+                entered.add((path.name, frame.f_code.co_qualname))
+            if frame.f_code is sdft.forward_kl.__code__ and not stacks:
+                while frame and frame.f_code is not train.main.__code__:
+                    stacks.append(frame.f_code.co_name)
+                    frame = frame.f_back
+                    while frame and Path(frame.f_code.co_filename).parent != ROOT:
+                        frame = frame.f_back  # torch's own
+    sys.setprofile(profile)
+    try:
+        assert train.main(["--model", str(folder), "--out", str(tmp / "out"), *TINY]) == 0
+    finally:
+        sys.setprofile(None)
+    return entered, stacks
 
 
-def test_fast_can_be_deleted(folder, tmp_path):
-    """Without the file a whole `--plain` run goes through, and its student is there."""
-    assert not any("fast" in top_imports(module) for module in OURS)
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in FILES:
-        if path.stem != "fast":
-            shutil.copy(path, copy)
-    command = (f"train.py --plain --model {folder} --out {tmp_path}/out --steps 1 --batch-size 2 "
-               "--rollout-tokens 4 --eval-tokens 3 --eval-limit 4 --cka-samples 4 --group-size 16")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, *command.split()], cwd=copy, env=environment,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "student" / "config.json").exists()
+def test_a_default_run_enters_few_files_and_functions(traced):
+    entered, _ = traced
+    assert len({file for file, _ in entered}) <= 7
+    assert len(entered) <= 210
 
 
-# ----------------------------------------------------------------------- types, lengths and tops
-
-def test_the_types_in_the_files_that_are_the_paper_fit():
-    """What mypy makes of them, as pyproject.toml says; the first time it takes a dozen seconds."""
-    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == f"Success: no issues found in {len(SEVEN)} source files\n"
-
-
-def test_types_and_coverage_are_of_the_files_that_are_the_paper():
-    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-    files = [f"{name}.py" for name in sorted(SEVEN)]
-    assert sorted(tools["mypy"]["files"]) == files
-    assert sorted(tools["coverage"]["run"]["include"]) == ["./" + name for name in files]
-
-
-def functions_of(path):
-    return [node for node in ast.walk(tree_of(path))
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-
-
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
-def test_no_function_is_longer_than_40_lines_and_no_line_than_100_columns(path):
-    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in functions_of(path)}
-    assert {name: n for name, n in lengths.items() if n > 40} == {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert [n for n, line in enumerate(lines, 1) if len(line) > 100] == []
-
-
-def belongs_at_the_top(node):
-    """An import, a function, a class, a docstring, a constant, or the block of a script."""
-    if isinstance(node, ast.Assign | ast.AnnAssign):
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
-        names = [ast.unparse(target).strip("()") for target in targets]
-        return all(name == "__all__" or re.fullmatch("_?[A-Z][A-Z0-9_]*", name)
-                   for name in ", ".join(names).split(", "))
-    if isinstance(node, ast.Expr):
-        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    if isinstance(node, ast.If):
-        return ast.unparse(node.test) == "__name__ == '__main__'"
-    return isinstance(
-        node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_nothing_is_done_at_the_top_of_a_file(path):
-    tree = tree_of(path)
-    assert ast.get_docstring(tree)
-    assert [ast.unparse(node) for node in tree.body if not belongs_at_the_top(node)] == []
-
-
-IMPORT_ALL = """
-import os, random, sys
-import numpy, torch, tiktoken, safetensors.torch, tqdm  # what they do is theirs
-import torch.distributed.fsdp, torch.distributed.tensor
-
-def state():
-    return (dict(os.environ), sys.argv[:], random.getstate(), numpy.random.get_state()[1].tolist(),
-            torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
-            torch.is_grad_enabled(), os.getcwd(), sorted(os.listdir()))
-
-sys.argv[1:] = ["--no-such-option"]
-before = state()
-for name in {modules}:
-    __import__(name)
-assert state() == before
-"""
-
-
-def test_nothing_happens_on_import(tmp_path):
-    """Nothing is said, no argument is parsed, no file is written; neither the environment nor any
-    random state is another afterwards."""
-    script = IMPORT_ALL.replace("{modules}", repr(sorted(OURS)))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    quiet = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment,
-                           capture_output=True, text=True)
-    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+def test_few_calls_lead_from_main_to_the_loss(traced):
+    _, stack = traced
+    assert stack and len(stack) <= 6, stack

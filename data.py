@@ -1,10 +1,11 @@
-"""Text in, examples out: the built-in tasks, a user's rows (rows.py reads them), and plain text.
+"""Text in, examples out: a tokenizer, the built-in tasks, and a user's own files.
 
 An `Example` is what every task is made of: a prompt (a user's turn, or raw text to continue), an
 expert demonstration of its answer, and how to check an answer. `load_task(name or path)` gives a
-`Task` with disjoint train and eval examples. A new task is a function without arguments that gives
-a Task, and its entry in TASKS. Nothing here knows of models.
+`Task` with disjoint train and eval examples. A fork adds a task to TASKS, a form of demonstration
+to DEMOS, a form of row to ROWS. Nothing here knows of models.
 """
+import functools
 import itertools
 import json
 import pydoc_data.topics
@@ -12,15 +13,361 @@ import random
 import re
 import unicodedata
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
-import instructions
-from files import one_line
-from rows import is_data, is_rows, read_prose, read_rows, same_answer, same_json
-from tokenizer import Tokenizer, load_tokenizer
+import regex as re_unicode  # comes with tiktoken
+import tiktoken
+from jinja2 import TemplateError
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["Tokenizer", "load_tokenizer", "same_answer"]  # callers find them here too
+# ---------------------------------------------------------------------------------- the tokenizer
 
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# As GPT-2's, but a digit stands alone, and white space before a digit counts as at the end.
+DIGITS = (r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
+          r"|\s+(?![^\s\p{N}])|\s+")
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TRANSCRIPT = """{% for m in messages %}{% if m.role == "system" %}{{ m.content }}
+
+{% elif m.role == "user" %}Question: {{ m.content }}
+{% else %}Answer: {{ m.content }}
+
+{% endif %}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"""
+TODAY = datetime(2024, 7, 26)  # a template's date: with the real one, tomorrow's numbers differ
+EXTRA = "is not one that this file reads: --with formats asks the tokenizers library"
+
+
+def bytes_to_unicode():
+    """The printable characters that stand for the 256 bytes in a byte-level vocabulary, in order.
+
+    >>> table = bytes_to_unicode()
+    >>> table[ord("A")], table[0], table[1], table[ord(" ")] == chr(0x100 + 32)
+    ('A', 'Ā', 'ā', True)
+    """
+    keep = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = iter(range(256, 512))
+    return [chr(b if b in keep else next(shifted)) for b in range(256)]
+
+
+BYTE_OF = {character: byte for byte, character in enumerate(bytes_to_unicode())}
+
+
+def to_bytes(token):
+    """A token of a byte-level vocabulary as bytes; another one (an added token) as its UTF-8."""
+    if all(c in BYTE_OF for c in token):
+        return bytes(BYTE_OF[c] for c in token)
+    return token.encode()
+
+
+class Tokenizer:
+    """A Hugging Face folder's tokenizer: text -> ids and back, and a chat -> a prompt's ids.
+
+    added: {content: id} of the tokens that a text is searched for first. hidden: ids that decoding
+    leaves out. prefix: ids that begin every text (Llama 3). eos_ids: ids that end an answer.
+    """
+
+    def __init__(self, folder, spec, encode_plain):
+        """spec: tokenizer.json; encode_plain(text) -> ids, for a text without added tokens."""
+        self.folder, self.encode_plain = folder, encode_plain
+        config, vocab = read_json(folder / "tokenizer_config.json"), spec["model"]["vocab"]
+        further = config.get("added_tokens_decoder") or {}
+        tokens = {t["content"]: t for t in [*spec.get("added_tokens", []), *further.values()]}
+        self.added, self.hidden = {}, set()
+        self.bytes_of = {i: to_bytes(token) for token, i in vocab.items()}
+        ids = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        ids |= {t["content"]: int(i) for i, t in further.items()}
+        for content, token in tokens.items():
+            i = self.added[content] = ids[content]
+            self.bytes_of[i] = content.encode()
+            if token.get("special"):
+                self.hidden.add(i)
+        self.size = max(self.bytes_of) + 1
+        longest = sorted(map(re.escape, self.added), key=len, reverse=True)
+        self.search = re.compile(f"({'|'.join(longest)})" if longest else r"(?!)()")
+        self.prefix = prefix_of(spec.get("post_processor"), self.added | vocab)
+        self.named = {name: t.get("content") if isinstance(t, dict) else t
+                      for name, t in (read_json(folder / "special_tokens_map.json") | config
+                                      ).items() if name.endswith("_token") and t}
+        usual = "<|im_end|>" if "<|im_end|>" in self.added else "<|endoftext|>"
+        self.chat_template = template_of(folder, config)
+        default = CHATML if "<|im_start|>" in self.added else TRANSCRIPT
+        self.jinja = compiled(self.chat_template or default)
+        ends = [(self.added | vocab).get(self.named.get("eos_token") or usual)]
+        for name in ("config.json", "generation_config.json"):
+            said = read_json(folder / name).get("eos_token_id")
+            ends = [*ends[:1], *(said if isinstance(said, list) else [said])] if said is not None \
+                else ends
+        after = self.written([user("?"), {"role": "assistant", "content": "word"}])
+        after = self.encode(after.rpartition("word")[2])
+        if after and after[0] in self.hidden:  # what ends a turn in the chat ends an answer
+            ends.append(after[0])
+        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+        if not self.eos_ids:
+            raise ValueError(f"{folder}: no end-of-text token: name it in tokenizer_config.json")
+        self.eos_id = self.eos_ids[0]
+
+    def encode(self, text):
+        """str -> list of ids; added tokens in the text become their ids."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a text holds half a surrogate pair, {text[error.start]!r}, which is "
+                             f"no character: {text[max(0, error.start - 20):][:40]!r}") from None
+        return self._ids(text)
+
+    def _ids(self, text):
+        ids = []
+        for part in self.search.split(text):
+            ids += [self.added[part]] if part in self.added else self.encode_plain(part)
+        return ids
+
+    def encode_text(self, text):
+        """The ids of a text that stands alone, with what the tokenizer puts before it."""
+        return begun(self, self.encode(text))
+
+    def decode(self, ids, keep_special=False):
+        """ids -> str; special tokens are left out unless asked for, broken UTF-8 becomes U+FFFD."""
+        kept = [i for i in ids if i in self.bytes_of and (keep_special or i not in self.hidden)]
+        return b"".join(self.bytes_of[i] for i in kept).decode("utf-8", errors="replace")
+
+    def written(self, messages, add_generation_prompt=False):
+        """[{"role", "content"}, …] as the folder's chat template writes them.
+
+        Without one: ChatML, if the vocabulary has its tokens, else `Question: … Answer:`. A
+        template that refuses a system message gets it before the first question.
+        """
+        def render(messages):
+            return self.jinja.render(messages=messages, tools=None, documents=None, **self.named,
+                                     add_generation_prompt=add_generation_prompt)
+        try:
+            return render(messages)
+        except Exception as error:  # it is a program, and can fail in every way
+            if [m["role"] for m in messages[:2]] == ["system", "user"]:
+                joined = "\n\n".join(m["content"] for m in messages[:2])
+                return self.written([user(joined), *messages[2:]], add_generation_prompt)
+            raise ValueError(f"{self.folder}: its chat template fails: {error}") from None
+
+    def chat(self, messages):
+        """[{"role", "content"}, …] -> ids of the prompt for the assistant's next turn."""
+        ids = self.encode(self.written(messages, True))
+        return ids if self.chat_template else begun(self, ids)
+
+    def answer(self, text):
+        """The ids of an assistant's answer to a `chat` prompt, with exactly one end of turn.
+
+        They are what the template writes after the prompt: it may strip the text, or put something
+        before it (Qwen3: an empty thought). They end with the first of eos_ids that it writes, or,
+        where it writes none, after the text, with eos_id.
+        """
+        prompt, turn = self.turn(text)
+        ids = self.ids_after(prompt, turn)
+        ends = [n for n, i in enumerate(ids) if i in self.eos_ids]
+        if ends:
+            return ids[:ends[0] + 1]
+        said = text if text in turn else text.strip()
+        until = turn.rfind(said) + len(said) if said in turn else len(turn)
+        return [*self.ids_after(prompt, turn[:until]), self.eos_id]
+
+    def turn(self, text):
+        """(a prompt, what the template writes after it for this answer)."""
+        prompt = self.written([user("?")], True)
+        both = self.written([user("?"), {"role": "assistant", "content": text}])
+        if both.startswith(prompt):
+            return prompt, both[len(prompt):]
+        at = both.rfind(text.strip())  # the prompt asks for a thought that a past turn lacks
+        return prompt, both[at:] if at >= 0 else text
+
+    def ids_after(self, prompt, text):
+        """The ids of a text that follows a prompt whose ids are there already."""
+        before, both = self.encode(prompt), self.encode(prompt + text)
+        return both[len(before):] if both[:len(before)] == before else self.encode(text)
+
+    def read(self, ids):
+        """A model's answer as text, without its end, and without what the template puts before it.
+        """
+        text = self.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids).strip()
+        if "</think>" in self.chat_template:
+            text = text.rpartition("</think>")[2]
+        return text.removeprefix(self.opening).strip()
+
+    @functools.cached_property
+    def opening(self):
+        """What the template puts between a prompt and the answer's first word, as text."""
+        before, word, _ = self.turn("word")[1].partition("word")
+        return self.decode(self.encode(before)).strip() if word else ""
+
+
+class Generation(Extension):
+    """{% generation %} … {% endgeneration %} marks the assistant's words: here just the words."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def compiled(source):
+    """A template's text as a sandboxed Jinja template, with what transformers lets it use."""
+    def raise_exception(message):
+        raise TemplateError(message)
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                          extensions=[Generation, LoopControlExtension])
+    jinja.filters["tojson"] = lambda x, ensure_ascii=False, **layout: json.dumps(
+        x, ensure_ascii=ensure_ascii, **layout)
+    jinja.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
+    return jinja.from_string(source)
+
+
+def template_of(folder, config):
+    """The text of a folder's chat template, "" if it has none; of several the default one."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    said = config.get("chat_template") or ""
+    return said if isinstance(said, str) else {t["name"]: t["template"] for t in said}["default"]
+
+
+def prefix_of(processor, ids):
+    """The ids that a post-processor puts before a text; ValueError for others that it adds."""
+    parts = (processor or {}).get("processors", [processor] if processor else [])
+    prefix, pieces = [], []
+    for part in (p for p in parts if p["type"] != "ByteLevel"):  # which moves offsets only
+        pieces = part["single"] if part["type"] == "TemplateProcessing" else [{}]
+    for piece in pieces:
+        if "SpecialToken" in piece:
+            prefix.append(ids[piece["SpecialToken"]["id"]])
+    if pieces and "Sequence" not in pieces[-1]:
+        raise ValueError(f"what its post-processor puts after a text {EXTRA}")
+    return prefix
+
+
+def load_tokenizer(folder):
+    """The Tokenizer of a Hugging Face folder.
+
+    FileNotFoundError without a tokenizer.json; ValueError, in one line, for one that is not
+    byte-level BPE split as GPT-2, Llama 3, Qwen2 or SmolLM split a text.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no tokenizer.json in {folder}: write one by save_pretrained")
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        return Tokenizer(folder, spec, byte_level_bpe(spec))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not the file of a tokenizer ({error!r})") from None
+
+
+def read_json(path):
+    """A JSON file's object, {} if it is not there."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return said
+
+
+def byte_level_bpe(spec):
+    """encode_plain(text) -> ids by tiktoken, for what a tokenizer.json says."""
+    steps, model = spec["pre_tokenizer"] or {}, spec["model"]
+    steps = steps.get("pretokenizers", [steps])
+    kinds, last, normalizer = [s.get("type") for s in steps], steps[-1], spec.get("normalizer")
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    pattern = None
+    if last.get("use_regex", True):
+        pattern = {("ByteLevel",): GPT2, ("Digits", "ByteLevel"): DIGITS}.get(tuple(kinds))
+        pattern = pattern if kinds[0] != "Digits" or steps[0]["individual_digits"] else None
+    elif kinds == ["Split", "ByteLevel"]:
+        pattern = next((p for p in (QWEN2, LLAMA3)
+                        if steps[0] == {**split, "pattern": {"Regex": p}}), None)
+    flags = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
+    if not pattern or last.get("add_prefix_space", True) or any(model.get(f) for f in flags) \
+            or normalizer not in (None, {"type": "NFC"}) \
+            or (spec.get("decoder") or {}).get("type") != "ByteLevel" \
+            or any(t.get("lstrip") or t.get("rstrip") or t.get("single_word")
+                   or t.get("normalized") and normalizer for t in spec.get("added_tokens", [])):
+        raise ValueError(f"its kind of tokenizer {EXTRA}")
+    vocab, merges = model["vocab"], [tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
+                                     for m in model["merges"]]
+    made = one_way(merges)
+    added = {t["content"] for t in spec.get("added_tokens", [])}
+    whole = model.get("ignore_merges") and {
+        t for t in vocab if set(t) <= BYTE_OF.keys()} - (made or {}).keys() - added
+    if made is None or whole:
+        raise ValueError(f"the order of its merges {EXTRA}")
+    tokens = [*BYTE_OF, *(token for token in made if len(token) > 1)]
+    ids = [vocab.get(token) for token in tokens]
+    if model.get("unk_token") in vocab and None in ids[:256]:
+        raise ValueError(f"its unk_token {EXTRA}")
+    encoding = tiktoken.Encoding("folder", pat_str=pattern, special_tokens={}, mergeable_ranks={
+        to_bytes(token): rank for rank, token in enumerate(tokens)})
+    lacking = bytes(rank for rank in range(256) if ids[rank] is None)
+
+    def encode_plain(text):
+        text = unicodedata.normalize("NFC", text) if normalizer else text
+        if not set(text.encode()).intersection(lacking):
+            return [ids[rank] for rank in encoding.encode_ordinary(text)]
+        ranks = []  # a byte that the vocabulary lacks is left out before its piece is merged
+        for piece in re_unicode.findall(pattern, text):
+            kept = piece.encode().translate(None, lacking)
+            ranks += encoding._encode_single_piece(kept) if kept else []
+        return [ids[rank] for rank in ranks]
+    return encode_plain
+
+
+def one_way(merges):
+    """{token: (rank, left, right)}: how each token is made, if that is always of the same halves.
+
+    Merges are joined in their order (Sennrich et al., 1508.07909); tiktoken joins whatever two
+    neighbours give the token of the lowest rank, which is the same if this is not None. A token
+    whose halves other merges join across its middle, earlier, is never made:
+
+    >>> list(one_way([("l", "o"), ("o", "w"), ("l", "ow"), ("lo", "w")]).items())[256:]
+    [('lo', (0, 'l', 'o')), ('ow', (1, 'o', 'w')), ('low', (3, 'lo', 'w'))]
+    """
+    made, late = {c: (-1, "", "") for c in BYTE_OF}, set()
+    for rank, (left, right) in enumerate(merges):
+        if left + right in made:
+            continue
+        if left not in made or right not in made:
+            late.add(left + right)
+        elif meet(left, right, made):
+            made[left + right] = rank, left, right
+    return None if late - made.keys() else made
+
+
+def meet(left, right, made):
+    """Whether the merges so far leave these two tokens side by side.
+
+    They do unless a pair across the middle is joined while both its halves are there. The two are
+    undone, the latest merge first; `limit` is the rank before which they were joined to others.
+    """
+    limit = len(made) + 1e9
+    while True:
+        rank, *halves = made.get(left + right, (limit, "", ""))
+        if rank < limit and halves == [left, right]:
+            return False
+        if len(left) == len(right) == 1:
+            return True
+        if made[left][0] > made[right][0]:
+            limit, _, left = made[left]
+        else:  # of pairs of the same rank the left one is joined first
+            limit, right = made[right][0] + 1, made[right][1]
+
+
+# ------------------------------------------------------------------------------ examples, prompts
 
 @dataclass
 class Example:
@@ -281,48 +628,26 @@ def python_text():
     return text_task("text", split_text()[0])
 
 
-def verifiable_instructions():
-    """Formats, lengths, words to use or to avoid, each checked by a program. Measured only."""
-    rows = instructions.prompts()
-    return Task("instructions", [], {"all": [Example(*row) for _, *row in rows]})
+TASKS = {"science": science, "tooluse": tooluse, "text": python_text}
 
 
-TASKS = {"science": science, "tooluse": tooluse, "text": python_text,
-         "instructions": verifiable_instructions}
-
-
-@one_line
 def load_task(name, measured_only=False):
-    """A Task by its name in TASKS, or from a file: rows (.jsonl, .json), or text to continue.
+    """A Task by its name in TASKS, or from a file: rows (.jsonl), or text to continue.
 
-    A fifth of the questions of a file of rows is held out, or, measured_only, all of it.
-    FileNotFoundError when there is no such task or file; ValueError, naming the line, for content
-    that does not fit, and for what looks like data but is not rows.
+    A fifth of the questions in a file of rows is held out, or, measured_only, all of them.
+    ValueError names file and line for content that does not fit.
     """
     if name in TASKS:
-        task = TASKS[name]()
-        if not (task.train or measured_only):
-            raise ValueError(f"{name} is only measured: name it in --eval")
-        return task
+        return TASKS[name]()
     path = Path(name)
-    if path.is_dir():
-        export = 'datasets.load_from_disk(…).to_json("rows.jsonl")'
-        raise FileNotFoundError(f"{name} is a folder: name a file, or export it with {export}")
     if not path.is_file():
-        known = ", ".join(TASKS)
-        raise FileNotFoundError(f"no task or file {name!r}: name {known}, or a .jsonl or text file")
-    if is_rows(path):
-        return _rows_task(path, measured_only)
-    return text_task(path.stem, read_prose(path))
-
-
-def is_text(name):
-    """Whether load_task would read this as text to continue, which has no questions."""
-    return name == "text" or Path(name).is_file() and not is_data(name)
-
-
-def _rows_task(path, measured_only):
-    examples = [Example(**row) for row in read_rows(path)]
+        raise FileNotFoundError(f"no task or file {name!r}: name {', '.join(TASKS)}, or a .jsonl "
+                                "or text file")
+    if path.suffix.lower() not in READERS:
+        if measured_only:
+            raise ValueError(f"--eval {name}: a text has no questions; name it in --text")
+        return text_task(path.stem, read_text(path))
+    examples = read_rows(path)
     if len({bool(e.choices) for e in examples}) == 2:
         raise ValueError(f"{path}: multiple choice and other rows cannot share a file")
     if measured_only:
@@ -341,6 +666,160 @@ def _rows_task(path, measured_only):
     held_out, train = (list(itertools.chain(*part)) for part in (sides[:cut], sides[cut:]))
     return Task(path.stem, train, {"held_out": held_out})
 
+
+def read_text(path):
+    """The text of a UTF-8 file; ValueError, in one line, for what is not prose."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    raw = path.read_bytes()
+    if raw.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
+    try:
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 text: save it as UTF-8") from None
+    if "\0" in text or not text.strip():
+        raise ValueError(f"{path}: the file is empty, or has a NUL character: it is no text")
+    data = path.suffix.lower() not in READERS and (
+        path.suffix.lower() in TABLES or re.match(r"""\s*\[?\s*\{\s*["'][^\n]*["']\s*:""", text))
+    if data:
+        raise ValueError(f"{path}: this looks like data, not like prose: save its rows as .jsonl, "
+                         f"one a line ({KNOWN})")
+    return text
+
+
+def read_lines(path):
+    """[(FILE:LINE, row)] of a .jsonl file."""
+    found = []
+    for n, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                found.append((f"{path}:{n}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{n}: not a line of JSON ({error})") from None
+    return found
+
+
+def read_rows(path):
+    """[Example] for each row that differs; ValueError names file and line."""
+    found = {}
+    for where, row in READERS[Path(path).suffix.lower()](path):
+        try:
+            keys = {key for key in row if row[key] is not None} if isinstance(row, dict) else set()
+            read = next((read for form, read in ROWS.items() if set(form.split()) <= keys), None)
+            if not read:
+                raise ValueError(f"the keys {', '.join(sorted(keys)) or '(none)'} are of no form "
+                                 f"that is known: {KNOWN}; --with formats reads more")
+            arguments = read(row)
+            shown = json.dumps({key: row[key] for key in sorted(keys & KEYS)})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        found.setdefault(shown, Example(**arguments, where=where))
+    return list(found.values())
+
+
+def words(value, name):
+    """The value, if it is text that is not blank and that has no half of a surrogate pair."""
+    if not isinstance(value, str) or not value.strip() or re.search("[\0\ud800-\udfff]", value):
+        raise ValueError(f'"{name}" must be text, and not empty: {json.dumps(value)[:60]}')
+    return value
+
+
+def demonstrated(row):
+    """{"prompt", "response"}, and "system" if there is one."""
+    answer = words(row["response"], "response")
+    return {"prompt": words(row["prompt"], "prompt"), "response": answer,
+            "check": same_answer(answer), "system": row.get("system") or ""}
+
+
+def conversation(row):
+    """{"messages"}: the last turn, the assistant's, is the demonstration."""
+    turns = [{"role": t["role"], "content": words(t["content"], "content")}
+             for t in row["messages"]]
+    system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else ""
+    if len(turns) < 2 or [t["role"] for t in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError("turns of user and assistant must alternate, after at most one of the "
+                         "system, and end with the assistant's")
+    answer = turns[-1]["content"]
+    return {"prompt": turns[-2]["content"], "response": answer, "check": same_answer(answer),
+            "system": system, "earlier": turns[:-2]}
+
+
+def choosing(row):
+    """{"prompt", "choices", "answer"}: the right choice by its index, from 0."""
+    choices = [" " + words(choice, "choices") if row["prompt"] else words(choice, "choices")
+               for choice in row["choices"]]
+    if type(row["answer"]) is not int or not 0 <= row["answer"] < len(choices):
+        raise ValueError(f'"answer" {row["answer"]!r} must be the index of a choice, from 0 to '
+                         f"{len(choices) - 1}")
+    if len({*choices}) < max(2, len(choices)):
+        raise ValueError('"choices" must be two or more, none twice')
+    return {"prompt": row["prompt"], "answer": row["answer"],
+            "choices": [(row["prompt"], choice) for choice in choices]}
+
+
+# A form of row, by the keys that it must have -> a function of a row that gives an Example's
+# arguments; the first that fits is taken. A suffix -> a function of a file that gives its rows.
+ROWS = {"prompt choices answer": choosing, "prompt response": demonstrated,
+        "messages": conversation}
+READERS = {".jsonl": read_lines}
+KNOWN = '{"prompt", "response"}, {"messages"} or {"prompt", "choices", "answer"}'
+TABLES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".yaml", ".xml", ".gz", ".zip")
+KEYS = {"prompt", "response", "system", "messages", "choices", "answer"}
+
+
+# ----------------------------------------------------------------------------------- how to grade
+
+def same_json(expected):
+    """A checker: the first JSON value of its kind in the answer is this one, keys in any order.
+
+    >>> check = same_json({"a": 1, "b": 2})
+    >>> check('Sure: {"b": 2.0, "a": 1}.'), check('{"a": true, "b": 2}')
+    (True, False)
+    """
+    opening = "[" if isinstance(expected, list) else "{"
+
+    def plain(x):
+        """x so that equal values are equal: true is not 1, and 5.0 is 5."""
+        if isinstance(x, dict):
+            return {key: plain(y) for key, y in x.items()}
+        return [plain(y) for y in x] if isinstance(x, list) else (isinstance(x, bool), x)
+
+    def check(answer):
+        try:
+            found, _ = json.JSONDecoder().raw_decode(answer, answer.index(opening))
+        except (ValueError, RecursionError):  # no brace, or no JSON after it
+            return False
+        return plain(found) == plain(expected)
+    return check
+
+
+def same_answer(expected):
+    """A checker: equal as JSON if JSON is expected, else up to case, spaces, a full stop.
+
+    A thought before either, up to </think>, does not count.
+
+    >>> check = same_answer("Blue whale")
+    >>> check(" blue  WHALE. "), check("a blue whale"), check("<think>Eh</think>blue whale")
+    (True, False, True)
+    """
+    def normal(text):
+        text = unicodedata.normalize("NFC", " ".join(text.split())).casefold()
+        return text.rstrip(".") or text
+
+    expected = expected.rpartition("</think>")[2].strip()
+    if expected[:1] in ("{", "["):
+        try:
+            check = same_json(json.loads(expected))
+            return lambda answer: check(answer.rpartition("</think>")[2])
+        except (ValueError, RecursionError):
+            pass
+    return lambda answer: normal(answer.rpartition("</think>")[2]) == normal(expected)
+
+
+# -------------------------------------------------------------------------- splits, texts, batches
 
 def asked(e):
     """What an example asks, but for case and white space: the turns before an answer, whatever the
@@ -460,3 +939,21 @@ def hold_out(task, n):
 def _stream(examples, rng):
     while True:
         yield from rng.sample(examples, len(examples))
+
+
+def drop_measured_(tasks, further):
+    """Take from each task, in place, the training examples that another file asks as a question of
+    its own: public train and test files share a few. Returns {task: how many}."""
+    dropped = {}
+    for task in tasks:
+        others = [t for t in [*tasks, *further] if t.name != task.name]
+        measured = {asked(e): e.where for t in others for part in t.eval.values() for e in part}
+        left = [e for e in task.train if not (
+            e.chat and asked(e) in measured and (e.where or measured[asked(e)]))]
+        if not left:
+            raise ValueError(f"{task.name}: each of its questions is measured by another file, "
+                             "too: nothing is left to train on")
+        if len(left) < len(task.train):
+            dropped[task.name] = len(task.train) - len(left)
+        task.train = left
+    return dropped

@@ -43,6 +43,8 @@ import sdft
 from data import DEMOS
 from model import GPT, frozen_copy
 
+sys.modules["train"] = sys.modules[__name__]  # `import train` is this file, the program as well
+
 # ------------------------------------------------------------------------------ the configuration
 
 def option(default, help, **extra):
@@ -119,7 +121,7 @@ class Config:
 MODELS = "--model", "--student", "--teacher", "--bootstrap"
 BROUGHT = [  # options, a pattern of their values, and the extra that such a value brings
     (("--degrade",), r"nvfp4|mxfp4|nf4dq", "grids"),
-    (("--recover",), r"ema|cka|anchor|own", "variants"),
+    (("--recover",), r"ema|skip|cka|stop|anchor|own", "variants"),
     (MODELS, r".+\.gguf|[\w.-]+/[\w.-]+(@[\w./-]+)?", "formats")]
 
 
@@ -421,6 +423,7 @@ WAYS = {
     "sft": lambda student, teacher, batches, rollout, *, loss, backward, **how: sdft.sft(
         student, batches, **how),
     "none": None}
+FROM_ANSWERS = {"sft"}  # ways that KeepBest watches by cross-entropy, not by the teacher's KL
 
 
 def teach(c, setup, name, student, teacher, way, lesson, loss):
@@ -434,7 +437,8 @@ def teach(c, setup, name, student, teacher, way, lesson, loss):
     student = PARTS["ready"](quant.compute_in_(student, dtype))
     memory, best, loss = {"step": 0, "lines": []}, None, sdft.LOSSES[loss]
     if held_out:
-        best = KeepBest(student, held_out_loss(c, student, teacher, held_out, loss))
+        watched = None if way in FROM_ANSWERS else teacher
+        best = KeepBest(student, held_out_loss(c, student, watched, held_out, loss))
     stop = PARTS["training"](name, student, memory, generator, best)
 
     def rollout(student, prompts, rows=None, generator=generator):

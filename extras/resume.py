@@ -26,29 +26,24 @@ FREE = "out", "save_every", "device"                  # options that tell no run
 BEST = "steps", "checks", "kept", "ended", "weights"  # what KeepBest knows
 
 
-def attach(parts):
-    """Put one run's `begin`, `stage`, `training` and `write` in the place of train's."""
-    resume = Resume(parts)
-    parts.update({name: getattr(resume, name) for name in ("begin", "stage", "training", "write")})
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, resume.ask)
-
-
 class Resume:
-    """The saved state of one run."""
+    """The saved state of one run, and what stands in the place of four of train's parts."""
 
     def __init__(self, parts):
         self.parts, self.before, self.config = parts, dict(parts), parts["config"]
         self.folder, self.stages = Path(self.config.out) / ".sdft-resume", 0
         self.in_training = self.asked = False  # asked: a signal wants the end
         self.how = f"interrupted; the same command goes on from {self.folder}"
+        parts.update(begin=self.begin, stage=self.stage, training=self.training, write=self.write)
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, self.ask)
 
     def begin(self, c, facts):
         """ValueError, before anything is changed, if the state there is another run's."""
         this = {f"--{name.replace('_', '-')}": x for name, x in vars(c).items() if name not in FREE}
-        modules = {getattr(x, "__module__", "") for x in self.before.values() if callable(x)}
-        this |= {**facts, "--with": sorted(modules), "--device": c.device.split(":")[0],
-                 "processes": self.parts["processes"]}
+        modules = {getattr(x, "__module__", "") for x in self.before.values()}
+        this |= {**facts, "--with": sorted(name for name in modules if name.startswith("extras")),
+                 "--device": c.device.split(":")[0], "processes": self.parts["processes"]}
         this, path = {name: repr(x) for name, x in this.items()}, self.folder / "run.pt"
         then = read(path) if path.exists() else this
         differ = [name for name in sorted(this | then) if this.get(name) != then.get(name)]
@@ -74,7 +69,7 @@ class Resume:
     def training(self, name, student, memory, generator, best):
         """stop() of a training, which also saves; the five are put where an earlier process was."""
         stop, began = self.before["training"](name, student, memory, generator, best), time.time()
-        path = self.folder / f"middle-{self.parts.get('rank', 0)}.pt"
+        path, every = self.folder / f"middle-{self.parts.get('rank', 0)}.pt", self.config.save_every
         parameters = [p.detach() for p in student.parameters() if p.requires_grad]
         state = read(path) if path.exists() else {"name": ""}
         steps = self.parts["gather"]([state["name"] == name and state["memory"]["step"]])
@@ -83,10 +78,10 @@ class Resume:
                 p.copy_(saved)
             memory.update(state["memory"])
             generator.set_state(state["generator"])
-            vars(best).update(state["best"]) if best else None
+            vars(best or self).update(state["best"])
             for line in memory["lines"]:
                 self.parts["log"](self.config, line)
-        self.in_training, every = True, self.config.save_every
+        self.in_training = True
 
         def save_and_stop():
             if stop and stop():
@@ -97,7 +92,7 @@ class Resume:
                                   "seconds": memory.get("seconds", 0) + time.time() - began}
                 self.save(path, {"name": name, "parameters": parameters, "memory": known,
                                  "generator": generator.get_state(),
-                                 "best": best and {word: getattr(best, word) for word in BEST}})
+                                 "best": {x: vars(best)[x] for x in BEST if best}})
             if asked:
                 raise KeyboardInterrupt(self.how)
         return save_and_stop
@@ -134,6 +129,9 @@ class Resume:
             print(f"\n{path} could not be saved ({why}); the run goes on", file=sys.stderr)
         finally:
             part.unlink(missing_ok=True)
+
+
+attach = Resume
 
 
 def plain(made):

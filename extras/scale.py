@@ -98,8 +98,9 @@ def join(c, parts, size):
                 raise error[0]
         return call
 
-    parts.update(share=share, gather=gather, reduce=reduce, processes=size, score=score_none_too,
-                 begin=first(parts["begin"]), write=first(parts["write"]))
+    parts.update(share=share, gather=gather, reduce=reduce, processes=size, rank=rank,
+                 score=score_none_too, begin=first(parts["begin"]),
+                 write=first(parts["write"]))
     if rank > 0:
         parts["log"] = lambda c, line: None
 

@@ -17,11 +17,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-import evaluate
-import resume
+import data
+import model
+import quant
+import sdft
 import train
+from data import bytes_to_unicode
 from model import GPT, GPTConfig
-from tokenizer import bytes_to_unicode
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SIZES = dict(vocab_size=64, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=64,
@@ -31,9 +33,9 @@ QWEN2 = dict(model_type="qwen2", qkv_bias=True, tie_embeddings=False)
 QWEN3 = dict(model_type="qwen3", head_dim=12)
 SMOLLM3 = dict(model_type="smollm3", no_rope=(1,))
 
-COUNTED = {"test_" + name for name in (
-    "sdft", "model", "quant", "prune", "cka", "data", "train", "mistakes", "proof", "resume")}
-FORK, INTERRUPT = multiprocessing.get_context("fork"), resume.Interrupt.__call__
+FORK = multiprocessing.get_context("fork")
+REGISTRIES = (train.PARTS, train.WAYS, train.DAMAGES, sdft.LOSSES, quant.SCHEMES, quant.BLOCK,
+              data.TASKS, data.DEMOS, data.ROWS, data.READERS, model.FORMATS)
 
 
 def tiny(seed=0, spread=0.2, **changes):
@@ -72,39 +74,14 @@ def make_folder(path, context_length=1024, seed=0, padding=0, **changes):
     return path
 
 
-@pytest.fixture(scope="session", autouse=True)
-def a_signal_ends_the_tests():
-    """Not a run among them, which catches signals where it is in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume.Interrupt, "__call__",
-                      lambda self, number, _: pytest.exit(f"signal {number}"))
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lines_are_counted_where_that_is_cheap(request):
-    """A test that is watched by coverage takes a fifth more time, so only some files' are."""
-    if (before := sys.gettrace()) is None or request.path.stem in COUNTED:
-        yield
-        return
-    sys.settrace(None)
+@pytest.fixture(autouse=True)
+def registries_stay_as_they_were():
+    """What a test adds to train.PARTS or to another dictionary is gone after it."""
+    before = [dict(registry) for registry in REGISTRIES]
     yield
-    sys.settrace(before)
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    """report.png takes a good part of a tiny run's time: only where it is looked at is it drawn."""
-    monkeypatch.setattr(evaluate, "find_pyplot", lambda: None)
-
-
-def numbered(tokens, vocab):
-    """A tokenizer.json's added tokens with the ids that tokenizers gives them: the vocabulary's, or
-    the next one."""
-    ids = {}
-    for content in (token["content"] for token in tokens):
-        ids.setdefault(content, vocab.get(content, max([len(vocab) - 1, *ids.values()]) + 1))
-    return [{**token, "id": ids[token["content"]]} for token in tokens]
+    for registry, entries in zip(REGISTRIES, before):
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.fixture(scope="session")
@@ -128,8 +105,7 @@ def slopes(backward, loss, student, s, teacher, t, tokens, **chunk):
     """What a `backward` gives: [loss, KL], its gradient in s, and that in the student's head."""
     student.zero_grad()
     s, tied = s.detach().requires_grad_(), student.config.tie_embeddings
-    values, total = backward(loss, student, s, teacher, t, tokens, **chunk)
-    total.backward()
+    values = backward(loss, student, s, teacher, t, tokens, **chunk)
     head = student.stored("embed_tokens.weight" if tied else "lm_head.weight")
     return values, s.grad, head.grad
 
@@ -147,7 +123,6 @@ def _program(argv, log, before, env):
     os.environ.update(env)
     torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
     tqdm.set_lock(threading.RLock())  # forks share tqdm's, which a killed one may hold for ever
-    resume.Interrupt.__call__ = INTERRUPT
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))

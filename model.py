@@ -109,12 +109,6 @@ class KVCache:
 
         return [partial(attend_in_layer, k, v) for k, v in zip(self.k, self.v)]
 
-    def begin_with(self, beginning):
-        """Put the one row of another cache before every row of this one."""
-        P = int(beginning.length)
-        self.k[:, :, :P], self.v[:, :, :P] = beginning.k[:, :, :P], beginning.v[:, :, :P]
-        self.length += P
-
     def keep(self, rows):
         """Keep these rows only, a list of indices: finished rows cost nothing more."""
         for x in (*self.k, *self.v):  # in place: a new block of this size costs more than the copy
@@ -169,8 +163,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=c.out_bias)
-        self.has_norms = c.model_type == "qwen3"
-        if self.has_norms:  # of each head's query and key, whose size then changes nothing
+        if c.model_type == "qwen3":  # norms of each head's query and key: their size is undone
             self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
             self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
 
@@ -179,7 +172,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.head_dim)
                    for linear in (self.q_proj, self.k_proj, self.v_proj))
-        if self.has_norms:
+        if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (heads.to(attention_dtype(x.device, x.dtype)) for heads in (q, k, v))
         if rope:
@@ -339,11 +332,10 @@ class GPT(nn.Module):
                 del tensors[head]
         with torch.device("meta"):
             model = cls(config)
-        places = {name: tensor_name(config, name) for name, _ in model.named_parameters()}
+        state, places = {}, {name: tensor_name(config, name) for name in model.state_dict()}
         for key in sorted(tensors.keys() ^ {key for key, _, _ in places.values()}):
             what = "has no place in the model" if key in tensors else "is missing"
             raise ValueError(f"{folder}: tensor {key} {what}")
-        state = {}
         for name, (key, third, transposed) in places.items():
             w = tensors[key].T if transposed else tensors[key]
             w = w if third is None else w.chunk(3)[third]
@@ -416,8 +408,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
 
 def _continue(model, prompts, max_new_tokens, choose, u, ends, done):
     """The completions of one batch of prompts, shortest first; u [B, max_new_tokens] or None."""
-    completions, alive = [[] for _ in prompts], list(range(len(prompts)))
-    cache, x = _prefill(model, prompts, max_new_tokens)
+    B, device, completions = len(prompts), model.device, [[] for _ in prompts]
+    cache, alive = KVCache(model, B, len(prompts[-1]) + max_new_tokens), list(range(B))
+    shared = os.path.commonprefix([prompts[0][:-1], *prompts])  # a system message, say: read once
+    if P := len(shared):
+        first = KVCache(model, 1, P)
+        model.backbone(torch.tensor([shared], device=device), cache=first)
+        cache.k[:, :, :P], cache.v[:, :, :P], cache.length = first.k, first.v, cache.length + P
+    tails = [torch.tensor(prompt[P:]) for prompt in prompts]
+    lengths = torch.tensor([len(tail) for tail in tails], device=device)
+    ids = nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device)
+    x = model.backbone(ids, lengths, cache)[torch.arange(B, device=device), lengths - 1]  # [B, D]
     for step in range(max_new_tokens):
         tokens = choose(model.head(x), u=None if u is None else u[alive, step])
         ended = 0
@@ -434,23 +435,6 @@ def _continue(model, prompts, max_new_tokens, choose, u, ends, done):
             cache.keep(running)
         x = model.backbone(tokens[:, None], cache=cache)[:, 0]
     return completions
-
-
-def _prefill(model, prompts, room):
-    """Read prompts, shortest first, into a KVCache with room for more tokens: the cache, and the
-    final states [B, D] of each one's last token. What all of them begin with is read once."""
-    device, B = model.device, len(prompts)
-    shared = os.path.commonprefix([prompts[0][:-1], *prompts])  # a system message, say
-    cache = KVCache(model, B, len(prompts[-1]) + room)
-    if shared:
-        beginning = KVCache(model, 1, len(shared))
-        model.backbone(torch.tensor([shared], device=device), cache=beginning)
-        cache.begin_with(beginning)
-    tails = [torch.tensor(prompt[len(shared):]) for prompt in prompts]
-    lengths = torch.tensor([len(tail) for tail in tails], device=device)
-    ids = nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device)
-    x = model.backbone(ids, lengths, cache)
-    return cache, x[torch.arange(B, device=device), lengths - 1]
 
 
 def sample(logits, temperature, top_p=1.0, u=None):
@@ -482,25 +466,25 @@ def sample(logits, temperature, top_p=1.0, u=None):
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM"}
-GPT2_KEYS = dict(  # a field of GPTConfig = its key in GPT-2's config.json; then in the others'
-    vocab_size="vocab_size", n_layer="n_layer", d_model="n_embd", n_head="n_head", d_ff="n_inner",
-    context_length="n_positions", norm_eps="layer_norm_epsilon", activation="activation_function",
-    tie_embeddings="tie_word_embeddings")
-LLAMA_KEYS = dict(
+LLAMA_KEYS = dict(  # field of GPTConfig = its key in a config.json
     vocab_size="vocab_size", n_layer="num_hidden_layers", d_model="hidden_size",
     n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim",
     d_ff="intermediate_size", context_length="max_position_embeddings", norm_eps="rms_norm_eps",
     activation="hidden_act", rope_theta="rope_theta", qkv_bias="attention_bias",
     mlp_bias="mlp_bias", tie_embeddings="tie_word_embeddings")
-ABSENT = dict(  # what transformers takes where a key is missing, everywhere or in one family
+GPT2_KEYS = dict(
+    vocab_size="vocab_size", n_layer="n_layer", d_model="n_embd", n_head="n_head", d_ff="n_inner",
+    context_length="n_positions", norm_eps="layer_norm_epsilon", activation="activation_function",
+    tie_embeddings="tie_word_embeddings")
+ABSENT = dict(  # what transformers takes where a key is missing, in every family or in one
     n_inner=None, layer_norm_epsilon=1e-5, activation_function="gelu_new", attention_bias=False,
     num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, hidden_act="silu", mlp_bias=False,
     rope_theta=1e4, tie_word_embeddings=False)
 ABSENT_IN = {
     "gpt2": dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_theta=0.0),
-    "mistral": dict(num_key_value_heads=8, sliding_window=4096),
     "qwen2": dict(num_key_value_heads=32, attention_bias=True),
     "qwen3": dict(num_key_value_heads=32, head_dim=128),
+    "mistral": dict(num_key_value_heads=8, sliding_window=4096),
     "smollm3": dict(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True)}
 ROPE = {  # rope_type: the keys that it needs
     "default": [], "linear": ["factor"],
@@ -515,7 +499,7 @@ ONLY = dict(  # keys that change the arithmetic, with the values that are implem
 ONLY_IN = {
     "llama": dict(pretraining_tp=[1]), "qwen2": dict(attention_bias=[True], mlp_bias=[False]),
     "qwen3": dict(mlp_bias=[False]),
-    "mistral": dict(attention_bias=[False], mlp_bias=[False], sliding_window=[])}
+    "mistral": dict(attention_bias=[False], mlp_bias=[False], sliding_window=[None])}
 QUANTIZED = "the weights are quantized: save them dequantized, as safetensors, or pass a GGUF file"
 
 
@@ -707,13 +691,10 @@ def convert(gguf, folder):
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     steps = [dict(type="Digits", individual_digits=True), level]
     bpe = dict(type="BPE", vocab={t: i for i, t in enumerate(tokens)}, merges=metadata["merges"])
-    files = {
-        "tokenizer.json": dict(
-            version="1.0", added_tokens=added, normalizer=None, post_processor=None, decoder=level,
-            pre_tokenizer=dict(type="Sequence", pretokenizers=steps), model=bpe),
-        "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
-            chat_template=metadata["chat_template"], bos_token=tokens[1], eos_token=tokens[2],
-            pad_token=tokens[2], model_max_length=8192)}
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1))
+    (folder / "tokenizer.json").write_text(json.dumps(dict(
+        version="1.0", added_tokens=added, normalizer=None, post_processor=None, decoder=level,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=steps), model=bpe)))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
+        chat_template=metadata["chat_template"], bos_token=tokens[1], eos_token=tokens[2],
+        pad_token=tokens[2], model_max_length=8192)))

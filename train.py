@@ -883,126 +883,96 @@ def environment(c, facts):
 
 
 def report(results):
-    """The run in words: metrics, verdicts, answers, CKA by layer, a step of recovery, facts."""
-    stages, e, fractions = results["stages"], results["environment"], results["recovered_fraction"]
-    width, seconds = max(map(len, stages)) + 2, results["seconds"]
-    if "recovered" in stages:
-        fractions = {"recovered": fractions}
-    lines = ["", f"{'':24}{''.join(f'{name:>{width}}' for name in stages)}  recovered fraction"]
+    """The run in words: metrics, verdicts, answers, CKA, a step of recovery, and the facts."""
+    stages, fractions = results["stages"], results["recovered_fraction"]
+    fractions = {"recovered": fractions} if "recovered" in stages else fractions
+    width = max(map(len, stages)) + 2
+    lines = ["", f"{'':32}{''.join(f'{name:>{width}}' for name in stages)}  recovered fraction"]
     for metric in stages["healthy"]:
         row = "".join(f"{values[metric]:{width}.2f}" for values in stages.values())
         backs = ", ".join("not damaged" if fraction[metric] is None else f"{fraction[metric]:.2f}"
                           for fraction in fractions.values())
         unit = "" if metric.startswith("perplexity") else " %"
-        lines.append(f"{metric + unit:24}{row}  {backs:>18}")
-    lines.append("")
+        lines.append(f"{metric + unit:32}{row}  {backs:>18}")
+    for level, by_stage in results["cka"].items():  # the last layer's
+        for kind in ("linear", "linear_debiased", "rbf_debiased"):
+            row = "".join(f"{by_stage[name][kind][-1] if name in by_stage else 1:{width}.4f}"
+                          for name in stages)
+            lines.append(f"{f'CKA {level}, {kind}':32}{row}")
     for name, guard in results["guard"].items():
         losses = {check["step"]: check["all"] for check in guard["checks"]}
-        lines += [*(f"{name}: {metric} {how}{' than before' * (how != 'same')}"
-                    for metric, how in results["change"].get(name, {}).items()),
+        lines += ["", *(f"{name}: {metric} {how}{' than before' * (how != 'same')}"
+                        for metric, how in results["change"].get(name, {}).items()),
                   f"{name}: kept step {guard['kept']} of {guard['steps']} (loss on held-out "
                   f"prompts {losses[0]:.3f} → {losses[guard['kept']]:.3f}) {guard['ended']}"]
-    for teacher, tasks in results["teacher"].items():
-        for task, x in tasks.items():
-            lines.append(
-                f"the teacher, {teacher}, on {x['examples']} training prompts of {task}: as it "
-                f"teaches {x['shown']:.0f} % right; bare {x['bare']:.0f} %"
-                + ("" if x["helps"] else "; the demonstration does not help: try another --demo"))
+    lines += [f"the teacher, {teacher}, on {x['examples']} training prompts of {task}: as it "
+              f"teaches {x['shown']:.0f} % right; bare {x['bare']:.0f} %"
+              + ("" if x["helps"] else "; the demonstration does not help: try another --demo")
+              for teacher, tasks in results["teacher"].items() for task, x in tasks.items()]
     for i, (prompt, _) in enumerate(results["answers"]["healthy"]):
         lines += ["", f"> {prompt}", *(f"  {name:{width}}{' '.join(given[i][1].split())}"
                                        for name, given in results["answers"].items())]
-    for level, kinds in results["cka"].items():
-        lines += ["", f"CKA with the healthy model over {level}, a bar a layer, ▁ the lowest, █ 1"]
-        for kind in ("linear", "linear_debiased"):
-            low = min((x for of in kinds.values() for x in of[kind] if x == x), default=0)
-            lines += [f"  {kind:16}{name:{width}}{chart(of[kind], low)}  last {of[kind][-1]:.4f}  "
-                      f"mean {sum(of[kind]) / len(of[kind]):.4f}" for name, of in kinds.items()]
     for name, shown in list(results["step"].items())[:1]:
         lines += ["", f"A step, shown ({name}), before and after it: what the student says, how "
                   "likely student and teacher", "find that, what the teacher prefers, and "
                   "KL(teacher || student) in nats"]
         header = f"{'token':12}{'student':>8}{'teacher':>8}  {'prefers':12}{'KL':>6}"
         for first, last in zip(shown["first"], shown["last"]):
-            pairs = zip_longest(*(map(trace_row, x["tokens"]) for x in (first, last)), fillvalue="")
-            lines += ["", f"> {' '.join(first['prompt'].split())}", *(
-                f"  {left:48}  {right}".rstrip() for left, right in [(header, header), *pairs])]
-    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    return "\n".join([
-        *lines, "", f"damage {results['config']['degrade']} {e['damage']}; learning rate "
-        f"{e['lr']:.3g}, weights' root mean square {e['weights_rms']:.3g}",
-        f"text {e['text_sha256']}, {e['text_tokens']} tokens in windows of {e['text_window']}; "
-        f"train data {e['data_sha256']}; eval data {e['eval_sha256']} {e['eval_examples']}; "
-        f"left out, since measured: {e['left_out']}",
-        f"seed {results['config']['seed']}; {sum(seconds.values()) / 60:.1f} minutes ({spent}), "
-        f"peak memory {e['peak_memory_gib']:.1f} GiB, {results['config']['dtype']}, "
-        f"{e['processor']}, {e['processes']} x {e['threads']} threads"])
-
-
-def chart(values, low):
-    """One character a layer, from ▁ at `low` to █ at 1; ? is not a number.
-
-    >>> chart([0.5, 0.75, 1.0, math.nan], 0.5)
-    '▁▅█?'
-    """
-    heights = [v if math.isnan(v) else int(8 * (v - low) / max(1e-9, 1 - low)) for v in values]
-    return "".join("?" if h != h else "▁▂▃▄▅▆▇█"[min(7, max(0, h))] for h in heights)
-
-
-def trace_row(t):
-    """One token of a trace in 48 columns; blanks are dots, and what has no glyph is escaped."""
-    token, favourite = ("".join("·" if x == " " else x if x.isprintable() else repr(x)[1:-1]
-                                for x in t[name]) for name in ("token", "favourite"))
-    favourite = "" if t["token"] == t["favourite"] else favourite
-    return (f"{token:12.12}{t['student']:>8.0%}{t['teacher']:>8.0%}  {favourite:12.12}"
-            f"{t['kl']:>6.2f}")
+            rows = zip_longest(*([header] + [
+                f"{t['token']!r:12.12}{t['student']:>8.0%}{t['teacher']:>8.0%}  "
+                f"{t['favourite']!r:12.12}{t['kl']:>6.2f}" for t in x["tokens"]]
+                for x in (first, last)), fillvalue="")
+            lines += ["", f"> {' '.join(first['prompt'].split())}",
+                      *(f"  {left:48}  {right}".rstrip() for left, right in rows)]
+    facts = {**results["environment"], "seconds": results["seconds"]}
+    return "\n".join([*lines, "", *(f"{name}: {value}" for name, value in facts.items())])
 
 
 def begin(c, facts):
     """Make --out, and take away an earlier run's results, which a broken run would leave there."""
-    out = Path(c.out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.jsonl").write_text("")
-        (out / "results.json").unlink(missing_ok=True)
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+        Path(c.out, "metrics.jsonl").write_text("")
+        Path(c.out, "results.json").unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(f"cannot write to --out {out}: {error.strerror}; choose another") from None
+        raise OSError(f"cannot write to --out {c.out}: {error.strerror}; choose another") from None
 
 
 def log(c, line):
     """A step's numbers as a line of metrics.jsonl, at once; a full disk ends no training."""
-    with contextlib.suppress(OSError), open(Path(c.out) / "metrics.jsonl", "a") as file:
+    with contextlib.suppress(OSError), open(Path(c.out, "metrics.jsonl"), "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def write(c, results, trained, students):
     """All that a run leaves in --out, the small things first; what fails takes nothing with it."""
-    out, failed = Path(c.out), []
     lines = [json.dumps(line) + "\n" for memory in trained.values() for line in memory["lines"]]
 
     def file(name, text):
-        part = out / f"{name}.part"  # whole, or not at all
+        part = Path(c.out, f"{name}.part")  # whole, or not at all
         try:
             part.write_text(text, encoding="utf-8")
-            os.replace(part, out / name)
+            os.replace(part, Path(c.out, name))
         finally:
             part.unlink(missing_ok=True)
 
     def folder(name, student):
-        student.save_pretrained(out / name)
-        model.copy_tokenizer(model.resolve(c.model), out / name)
+        student.save_pretrained(Path(c.out, name))
+        model.copy_tokenizer(model.resolve(c.model), Path(c.out, name))
 
     parts = {"results.json": partial(file, "results.json", json.dumps(results, indent=1)),
              "metrics.jsonl": partial(file, "metrics.jsonl", "".join(lines)),
              "the report": lambda: print(report(results), flush=True)}
     parts |= {name: partial(folder, name, student) for name, student in (
         (stage.replace("recovered", "student"), student) for stage, student in students.items())}
+    failed = []
     for name, make in parts.items():
         try:
             make()
         except OSError as error:
             failed.append(f"{name} ({error.strerror or error})")
-    require(not failed, f"in {out}, {', '.join(failed)} could not be written; the rest is there")
-    print(f"wrote {', '.join(parts)} in {out}")
+    require(not failed, f"in {c.out}, {', '.join(failed)} could not be written; the rest is there")
+    print(f"wrote {', '.join(parts)} in {c.out}")
 
 
 # The functions of the loop, in whose place extras put their own. share(rows) is this process's part

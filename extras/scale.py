@@ -12,6 +12,7 @@ import atexit
 import os
 import sys
 import traceback
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -114,7 +115,7 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
-sharded: list = []  # the student whose training is going on
+sharded: weakref.WeakSet = weakref.WeakSet()  # students that are being trained in parts
 
 
 def reduce(parameters, line):
@@ -153,7 +154,7 @@ def shard_(student, size):
                     yield name, student.weight(name).clone()
             part.reshard()
     student.named_weights = named_weights
-    sharded[:] = [student]
+    sharded.add(student)
     return student
 
 

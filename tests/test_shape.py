@@ -81,12 +81,11 @@ def traced(tmp_path_factory):
         if event == "call" and path.parent in (ROOT, ROOT / "extras"):
             if not frame.f_code.co_name.startswith("<"):
                 entered.add((path.name, frame.f_code.co_qualname))
-            if frame.f_code is sdft.forward_kl.__code__ and not stacks:
-                while frame and frame.f_code is not train.main.__code__:
+            if frame.f_code is sdft.forward_kl.__code__ and frame.f_back and not stacks \
+                    and frame.f_back.f_code is sdft.backward.__code__:
+                while frame.f_code is not train.main.__code__:
                     stacks.append(frame.f_code.co_name)
                     frame = frame.f_back
-                    while frame and Path(frame.f_code.co_filename).parent != ROOT:
-                        frame = frame.f_back  # torch's own
     sys.setprofile(profile)
     try:
         assert train.main(["--model", str(folder), "--out", str(tmp / "out"), *TINY]) == 0

@@ -15,7 +15,7 @@ import sdft
 import train
 from extras.scale import CompactAdamW
 
-QUICK = ("--with scale --steps 4 --batch-size 4 --micro-batch 2 --rollout-tokens 5 --eval-tokens 4 "
+QUICK = ("--with scale --steps 3 --batch-size 4 --micro-batch 2 --rollout-tokens 5 --eval-tokens 4 "
          "--eval-limit 5 --cka-samples 5 --group-size 16 --teacher-check 3 --calibration 4 --lr "
          "1e-3 --dtype float32").split()
 
@@ -91,3 +91,77 @@ def same_numbers(out, alone):
             for kind, values in kinds.items():
                 where = out, level, stage, kind
                 assert two["cka"][level][stage][kind] == pytest.approx(values, abs=1e-5), where
+
+
+def test_a_sharded_run_that_keepbest_ends_writes_the_weights_of_before(usual, tmp_path):
+    """All processes end with code 1, but not before process 0 has written."""
+    far = *usual, "--steps", "2", "--lr", "1e9"
+    assert run(launch, tmp_path / "one", *far)[0] == [1]
+    codes, said = run(launch_two, tmp_path / "two", *far, "--shard")
+    assert codes == [1, 1] and said.count("error: ") == 1 and "went back to step 0" in said
+    one, two = ((tmp_path / name / "student" / "model.safetensors").read_bytes()
+                for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("mistake, says", [
+    (["--batch-size", "3"], "2 processes cannot share --batch-size 3"),
+    (["--model", "nowhere"], "nowhere"), (["--out", "/dev/null/out"], "--out /dev/null/out")])
+def test_a_mistake_is_one_line_from_one_process(mistake, says, usual, tmp_path):
+    codes, said = run(launch_two, tmp_path / "out", *usual, *mistake)
+    line, = [line for line in said.splitlines() if "rror" in line]
+    assert codes == [2, 2] and line.startswith("error: ") and says in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mistake, says", [
+    (["--shard"], "start the run by torchrun"), (["--adam-dtype", "float16"], "--adam-dtype takes")])
+def test_a_mistake_of_one_process_is_one_line(mistake, says, usual, tmp_path, capsys):
+    assert train.main([*QUICK, *map(str, usual), "--out", str(tmp_path / "out"), *mistake]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert says in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["whole", "sharded"])
+def test_two_processes_that_are_broken_off_go_on_to_the_same_end(shard, usual, tmp_path):
+    """To the last bit: as many processes add in one order. The first time one is asked to stop and
+    takes the other with it; the second time one is killed."""
+    whole, broken, draw = tmp_path / "whole", tmp_path / "broken", random.Random(len(shard))
+    options = *usual, "--with", "resume", "--save-every", "2", "--steps", "9", *shard
+    assert run(launch_two, whole, *options)[0] == [0, 0]
+    for end in ("terminate", "kill"):
+        both = launch_two([*QUICK, "--out", broken, *options], tmp_path / "log")
+        steps, until = draw.randint(2, 4), time.monotonic() + 60
+        while time.monotonic() < until and (not (broken / "metrics.jsonl").exists() or (
+                broken / "metrics.jsonl").read_text().count("\n") < steps):
+            time.sleep(0.02)
+        getattr(both[1], end)()
+        for process in both:
+            process.join(60)
+        assert both[0].exitcode == 1 and (broken / ".sdft-resume").exists()
+    assert run(launch_two, broken, *options)[0] == [0, 0]
+    lines, right = ([json.loads(line) | {"seconds": 0} for line in
+                     (out / "metrics.jsonl").read_text().splitlines()] for out in (broken, whole))
+    assert lines == right
+    weights = [(out / "student" / "model.safetensors").read_bytes() for out in (broken, whole)]
+    assert weights[0] == weights[1] and not os.path.exists(broken / ".sdft-resume")
+
+
+def test_compact_adamw_is_torchs_adamw_and_in_bfloat16_stays_near():
+    torch.manual_seed(0)
+    start, slopes = torch.randn(50, 40), torch.randn(30, 50, 40) + 0.5
+
+    def trained(make):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = make([{"params": [p], "lr": 1e-2}], betas=sdft.BETAS, weight_decay=0.1)
+        for g in slopes:
+            p.grad = g.clone()
+            optimizer.step()
+        return p.detach() - start, optimizer.state[p]
+
+    expected, _ = trained(sdft.AdamW)
+    same, _ = trained(lambda *groups, **how: CompactAdamW(*groups, dtype=torch.float32, **how))
+    near, state = trained(CompactAdamW)
+    torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-6)
+    assert 0 < (near - expected).norm() / expected.norm() < 0.01
+    assert state["m"].dtype == state["v"].dtype == torch.bfloat16

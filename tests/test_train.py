@@ -116,14 +116,13 @@ def test_damages_compose_and_are_counted(degrade, counts, folder, tmp_path):
 
 def test_forgetting_measures_four_stages_and_two_teachers(folder, tmp_path):
     results = run(folder, tmp_path, "--forget", "tooluse", "--expert-steps", 2, "--forget-steps",
-                  2, "--teacher", "base,healthy", "--lr", "1e-3")
+                  2, "--teacher", "base,healthy", "--lr", "1e-3", "--forget-lr", "1e-2")
     stages = results["stages"]
     assert list(stages) == ["base", "healthy", "degraded", "recovered_base", "recovered_healthy"]
     assert "tooluse_request" in stages["healthy"] and "tooluse samples" in results["cka"]
-    assert stages["base"]["perplexity"] != stages["healthy"]["perplexity"]
-    assert stages["recovered_base"] != stages["recovered_healthy"]
-    counted = [line["stage"] for line in logged(tmp_path)]
-    assert [counted.count(stage) for stage in ("healthy", "degraded", "recovered_base")] == [2, 2, 3]
+    assert stages["degraded"]["perplexity"] != stages["healthy"]["perplexity"]
+    steps = [line["stage"] for line in logged(tmp_path)]
+    assert [steps.count(stage) for stage in ("healthy", "degraded", "recovered_base")] == [2, 2, 3]
     assert {path.name for path in tmp_path.glob("student*")} == {"student_base", "student_healthy"}
     assert results["teacher"].keys() == {"base", "healthy"}
 
@@ -177,7 +176,8 @@ def test_what_is_watched_is_never_trained_on_and_the_best_is_kept(folder, tmp_pa
     watched = held_out["science"]
     assert len(watched) == 16
     assert not {tuple(p.student) for p in watched} & {tuple(p.student) for b in batches for p in b}
-    student, teacher, total, tokens = tiny(1, vocab_size=259), setup.teachers["base"], 0, 0
+    student, teacher = tiny(1, vocab_size=259, context_length=1024), setup.teachers["base"]
+    total = tokens = 0
     value = train.held_out_loss(c, student, teacher, held_out, sdft.forward_kl)()
     for p in watched:
         s = student(torch.tensor([p.student + p.answer]))[0, len(p.student) - 1:-1]
@@ -234,7 +234,7 @@ def test_right_answers_are_counted_in_both_forms(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(train.PARTS, "generate", copying)
     found = train.check_teacher(setup, None, "turn")["science"]
     assert found == {"shown": 100.0, "bare": 0.0, "examples": 20, "helps": True}
-    monkeypatch.setitem(train.PARTS, "generate", lambda gpt, prompts, *_, **__: [[] for _ in prompts])
+    monkeypatch.setitem(train.PARTS, "generate", lambda gpt, prompts, *_, **__: [[]] * 20)
     assert not train.check_teacher(setup, None, "turn")["science"]["helps"]
 
 
@@ -242,7 +242,7 @@ def test_right_answers_are_counted_in_both_forms(folder, tmp_path, monkeypatch):
 
 def test_accuracy_perplexity_and_cka_from_outside(folder, tmp_path):
     _, setup = setup_of(folder, tmp_path, "--data", "science")
-    gpt, other = setup.teachers["base"], tiny(2, vocab_size=259)
+    gpt, other = setup.teachers["base"], tiny(2, vocab_size=259, context_length=1024)
     m = train.measure(setup, other, train.states_of(setup, gpt))
     examples = setup.splits["science_phrasing"]
     said = generate(other, [data.student_prompt(setup.tokenizer, e) for e in examples], 5, 0,
@@ -293,7 +293,7 @@ def test_changes_are_paired_and_a_broken_model_is_infinite():
 
 def test_a_trace_is_the_softmax_on_each_ones_own_prompt(folder, tmp_path):
     _, setup = setup_of(folder, tmp_path)
-    student, teacher = tiny(1, vocab_size=259), setup.teachers["base"]
+    student, teacher = tiny(1, vocab_size=259, context_length=1024), setup.teachers["base"]
     prompt, said = sdft.Prompt([70, 71], [72, 70, 71], []), [80, 81, 82]
     row, = train.trace(student, teacher, [prompt], [said], setup.tokenizer)
     s = student(torch.tensor([prompt.student + said]))[0, 1:-1].softmax(-1)
@@ -305,7 +305,7 @@ def test_a_trace_is_the_softmax_on_each_ones_own_prompt(folder, tmp_path):
         assert token["favourite"] == setup.tokenizer.decode([t[n].argmax().item()], True)
 
 
-def test_the_report_tells_all_stages_and_any_terminal_shows_it(out, capsysbinary, monkeypatch):
+def test_the_report_tells_all_stages(out):
     results = json.loads((out / "results.json").read_text())
     text = train.report(results)
     for word in ("healthy", "degraded", "recovered", "perplexity", "kept step", "CKA tokens",

@@ -10,18 +10,23 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
+import gguf
 import pytest
 import torch
 from conftest import make_folder, tiny
+from safetensors.torch import load_file
 
 import data
 import model
 import train
 from data import bytes_to_unicode, load_task
-from model import GPT, GPTConfig
+from model import GPT
 
 formats = pytest.importorskip("extras.formats")
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+from tokenizers import Regex, decoders, models, normalizers, trainers  # noqa: E402
+from tokenizers import pre_tokenizers as pre  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +41,16 @@ def load(folder):
     return train.PARTS["tokenizer"](folder)
 
 
-def same_logits(ours, theirs, tolerance=1e-4):
+def same_logits(ours, theirs):
     """Two models, each ours or transformers', compute the same."""
     ids = torch.randint(0, 260, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         a, b = (getattr(y, "logits", y) for y in (ours(ids), theirs(ids)))
-    assert (a - b).abs().max() < tolerance * b.abs().max()
+    assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+def of_transformers(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------- tokenizers
@@ -55,74 +64,51 @@ WORLD = ("naïve café Привет мир 你好,世界。今日は東京です
          "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \ufeff\u200b \x00\x1f")
 CODE = Path(argparse.__file__).read_text()
 DOCUMENTS = list(pydoc_data.topics.topics.values())
+USER, SAID = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}
+AGAIN, LAST = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def byte_level(tokens, pre_tokenizer):
-    """A byte-level BPE with this pre-tokenizer."""
-    t = tokens.Tokenizer(tokens.models.BPE())
-    t.pre_tokenizer, t.decoder = pre_tokenizer, tokens.decoders.ByteLevel()
-    return t, tokens.trainers.BpeTrainer(
-        special_tokens=SPECIAL, vocab_size=700, show_progress=False,
-        initial_alphabet=tokens.pre_tokenizers.ByteLevel.alphabet())
+def bloom():
+    """Byte-level BPE with a pattern that is not one of the core's."""
+    t = tokenizers.Tokenizer(models.BPE())
+    t.pre_tokenizer = pre.Sequence([pre.Split(Regex(BLOOM), "isolated"),
+                                    pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.decoder, alphabet = decoders.ByteLevel(), pre.ByteLevel.alphabet()
+    return t, trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet, vocab_size=700)
 
 
-def bloom(tokens):
-    pre = tokens.pre_tokenizers
-    return byte_level(tokens, pre.Sequence([
-        pre.Split(tokens.Regex(BLOOM), "isolated"),
-        pre.ByteLevel(add_prefix_space=False, use_regex=False)]))
-
-
-def several_splits(tokens):
-    """As DeepSeek's: digits in threes, then Chinese, then the rest."""
-    pre = tokens.pre_tokenizers
-    return byte_level(tokens, pre.Sequence([
-        pre.Split(tokens.Regex(r"\p{N}{1,3}"), "isolated"),
-        pre.Split(tokens.Regex("[一-龥]+"), "isolated"),
-        pre.ByteLevel(add_prefix_space=False)]))
-
-
-def prefix_space(tokens):
-    return byte_level(tokens, tokens.pre_tokenizers.ByteLevel(add_prefix_space=True))
-
-
-def llama2(tokens):
-    """BPE on characters with bytes to fall back on, a blank as ▁: what sentencepiece's becomes."""
-    t = tokens.Tokenizer(tokens.models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    names, decoders = tokens.normalizers, tokens.decoders
-    t.normalizer = names.Sequence([names.Prepend("▁"), names.Replace(" ", "▁")])
+def llama2():
+    """BPE of characters with bytes to fall back on, a blank as ▁: what sentencepiece's becomes."""
+    t = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                    decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    alphabet = [f"<0x{i:02X}>" for i in range(256)]
-    return t, tokens.trainers.BpeTrainer(special_tokens=SPECIAL + alphabet, vocab_size=900,
-                                         max_token_length=8, show_progress=False)
+    tokens = SPECIAL + [f"<0x{i:02X}>" for i in range(256)]
+    return t, trainers.BpeTrainer(special_tokens=tokens, vocab_size=900, max_token_length=8)
 
 
-def unigram(tokens):
+def unigram():
     """Unigram with Metaspace, as T5's."""
-    t = tokens.Tokenizer(tokens.models.Unigram())
-    t.normalizer = tokens.normalizers.NFKC()
-    t.pre_tokenizer, t.decoder = tokens.pre_tokenizers.Metaspace(), tokens.decoders.Metaspace()
-    return t, tokens.trainers.UnigramTrainer(special_tokens=SPECIAL, vocab_size=600,
-                                             unk_token="<unk>", show_progress=False)
+    t = tokenizers.Tokenizer(models.Unigram())
+    t.normalizer, t.pre_tokenizer = normalizers.NFKC(), pre.Metaspace()
+    t.decoder = decoders.Metaspace()
+    return t, trainers.UnigramTrainer(special_tokens=SPECIAL, vocab_size=600, unk_token="<unk>")
 
 
-def wordpiece(tokens):
-    t = tokens.Tokenizer(tokens.models.WordPiece(unk_token="<unk>"))
-    t.pre_tokenizer = tokens.pre_tokenizers.BertPreTokenizer()
-    t.decoder = tokens.decoders.WordPiece()
-    return t, tokens.trainers.WordPieceTrainer(special_tokens=SPECIAL, vocab_size=900,
-                                               show_progress=False)
+def wordpiece():
+    t = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+    t.pre_tokenizer, t.decoder = pre.BertPreTokenizer(), decoders.WordPiece()
+    return t, trainers.WordPieceTrainer(special_tokens=SPECIAL, vocab_size=900)
 
 
-@pytest.fixture(scope="module", params=[bloom, several_splits, prefix_space, llama2, unigram,
-                                        wordpiece])
+@pytest.fixture(scope="module", params=[bloom, llama2, unigram, wordpiece])
 def pair(request, tmp_path_factory):
     """(transformers' tokenizer, the folder that it was saved into)."""
-    tokens, transformers = map(pytest.importorskip, ("tokenizers", "transformers"))
-    folder, (t, trainer) = tmp_path_factory.mktemp("tokenizer"), request.param(tokens)
+    folder, (t, trainer) = tmp_path_factory.mktemp("tokenizer"), request.param()
+    trainer.show_progress = False
     t.train_from_iterator([*DOCUMENTS[:9], CODE[:9000], WORLD * 2], trainer)
-    t.post_processor = tokens.processors.TemplateProcessing(
+    t.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=t, bos_token="<s>", eos_token="<|im_end|>", unk_token="<unk>",
@@ -137,10 +123,9 @@ def test_ids_and_texts_are_transformers_where_the_core_refuses(pair):
     with pytest.raises(ValueError, match="--with formats"):
         data.load_tokenizer(folder)
     ours, words = load(folder), [*WORLD.split(" "), *SPECIAL, " ", "  ", "\n", "\r\n", "\t", "a"]
-    texts = [*(draw.choice(DOCUMENTS) for _ in range(30)), CODE, "", " ", "a<|im_end|> b"]
+    texts = [*draw.choices(DOCUMENTS, k=30), CODE, "", " ", "a<|im_end|> b"]
     texts += ["".join(draw.choices(words, k=draw.randint(1, 30))) for _ in range(300)]
-    texts += [theirs.apply_chat_template([{"role": "user", "content": w}], tokenize=False)
-              for w in words]
+    texts += [theirs.apply_chat_template([{**USER, "content": w}], tokenize=False) for w in words]
     for text in texts:
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text) == ids, text[:200]
@@ -148,14 +133,13 @@ def test_ids_and_texts_are_transformers_where_the_core_refuses(pair):
         assert ours.decode(ids, keep_special=True) == theirs.decode(ids), text[:200]
         n += len(ids)
     assert n > 100_000
-    assert ours.encode_text("One.") == theirs.encode("One.")
     assert ours.prefix == [1] and ours.size == len(theirs)
+    assert ours.encode_text("One.") == theirs.encode("One.")
 
 
 def test_a_chat_and_its_answer_are_transformers(pair):
-    theirs, folder = pair
-    ours, question = load(folder), {"role": "user", "content": "What's {gold}? 79"}
-    for messages in ([question], [{"role": "system", "content": "Be brief."}, question]):
+    theirs, ours = pair[0], load(pair[1])
+    for messages in ([USER], [SYSTEM, USER], [USER, SAID, AGAIN]):
         assert ours.chat(messages) == theirs.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False)
     answer = ours.answer("It is Au.")
@@ -167,49 +151,45 @@ FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special
 FOLDERS = {  # what the files say besides tokenizer.json
     "named": {"bos_token": "[X]", "pad_token": {"__type": "AddedToken", "content": "b", **FLAGS}},
     "listed": {"additional_special_tokens": ["<x>", "c"], "image_token": "<img>"},
-    "in a table": {"extra_special_tokens": {"audio": "<audio>"}},
+    "in a table": {"extra_special_tokens": {"audio": "<audio>"}, "add_bos_token": True},
     "by id": {"added_tokens_decoder": {"900": {"content": "[Y]", **FLAGS, "special": True},
                                        "901": {"content": "[Z]", **FLAGS, "lstrip": True}},
               "bos_token": "[Y]"}}
 
 
+@pytest.mark.parametrize("older", [{}, {"mask_token": "[M]"}])
 @pytest.mark.parametrize("what", FOLDERS)
-@pytest.mark.parametrize("older", [False, True])
-def test_tokens_that_the_other_files_name_are_added_as_transformers_adds_them(what, older, tmp_path):
-    tokens, transformers = map(pytest.importorskip, ("tokenizers", "transformers"))
-    t, trainer = wordpiece(tokens)
+def test_tokens_that_other_files_name_are_added_as_transformers_adds_them(what, older, tmp_path):
+    t, trainer = wordpiece()
     t.train_from_iterator(DOCUMENTS[:3], trainer)
     t.save(str(tmp_path / "tokenizer.json"))
-    config = {"eos_token": "</s>", **FOLDERS[what]}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    if older:
-        (tmp_path / "special_tokens_map.json").write_text('{"mask_token": "[M]"}')
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>",
+                                                                **FOLDERS[what]}))
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    ours, text = load(tmp_path), "[X]abc [Y] [Z]<x>[M] <img>d<audio> </s>"
-    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-    assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text),
-                                                           skip_special_tokens=True)
+    ours = load(tmp_path)
+    ids = ours.encode("[X]abc [Y] [Z]<x>[M] <img>d<audio> </s>")
+    assert ids == theirs.encode("[X]abc [Y] [Z]<x>[M] <img>d<audio> </s>", add_special_tokens=False)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-def test_a_tokenizer_that_cannot_be_read_is_one_line(pair, tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.json").write_text((pair[1] / "tokenizer.json").read_text())
+def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    path, (t, trainer) = tmp_path / "tokenizer.json", wordpiece()
+    t.train_from_iterator(DOCUMENTS[:1], trainer)
+    t.save(str(path))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     assert load(tmp_path).eos_id == 2
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tokenizers", None)
         with pytest.raises(ValueError, match=f"^{tmp_path}[^\n]*pip install tokenizers"):
             load(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"normalizer": {"type": "Odd"}}))
-    with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer.json: [^\n]*$"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Odd"}}))
+    with pytest.raises(ValueError, match=f"^{path}: [^\n]*$"):
         load(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "nowhere")
 
 
 # ------------------------------------------------------------------------------------- GGUF files
 
-SMALL = dict(vocab_size=300, context_length=1024)
 KINDS = {  # what else a model of each architecture has
     "llama": {}, "llama-biases": dict(qkv_bias=True, out_bias=True, mlp_bias=True),
     "qwen2": dict(model_type="qwen2", qkv_bias=True, tie_embeddings=False),
@@ -217,77 +197,62 @@ KINDS = {  # what else a model of each architecture has
     "smollm3": dict(model_type="smollm3", n_layer=5, no_rope=(3,)),
     "gpt2": dict(model_type="gpt2", n_kv_head=4, rope_theta=0.0, qkv_bias=True, out_bias=True,
                  mlp_bias=True)}
-IN_GGUF = {  # our names: llama.cpp's
-    "embed_tokens": "token_embd", "embed_positions": "position_embd", "norm": "output_norm",
-    "lm_head": "output", "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-ENDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ t", "h e", "Ġt he", "1 2", "12 3"]
-TEXT = "<|im_start|>user\nHe said: 1234 of the  théâtre,\n then<|im_end|>"
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *bytes_to_unicode(),
+          *(merge.replace(" ", "") for merge in MERGES)]
+SPARE = [f"[PAD{i}]" for i in range(300 - len(TOKENS))]
+TEXTS = ("<|im_start|>user\nHe said: 1234 of the  théâtre,\n then<|im_end|>", "日本語 😀",
+         "We're 12 of\n\n the 1234567 e\u0301 [PAD299]", " the\tthe  \n 12")
 
 
 def small(kind="llama", **changes):
-    return tiny(**SMALL | KINDS[kind] | changes)
+    return tiny(**dict(vocab_size=300, context_length=1024) | KINDS[kind] | changes)
 
 
-def as_llama_cpp_stores(gpt):
-    """{llama.cpp's name: array} of a model, as its converter writes them."""
-    stored, c = {}, gpt.config
-    for name, w in gpt.named_parameters():
-        if c.model_type in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
+def as_llama_cpp_stores(gpt, folder):
+    """{llama.cpp's name: array} of a model that is saved in the folder, as its converter does."""
+    c, stored = gpt.config, {}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.model_type.upper()], c.n_layer)
+    for key, w in load_file(folder / "model.safetensors").items():
+        if re.search(r"c_(attn|proj|fc)\.weight", key):
+            w = w.T
+        if c.model_type in ("llama", "smollm3") and re.search("[qk]_proj", key):
             heads = w.view(-1, 2, c.head_dim // 2, *w.shape[1:])  # [heads, halves, K/2, …]
             w = heads.transpose(1, 2).reshape(w.shape)
-        owner, kind = name.rsplit(".", 1)
-        _, i, owner = owner.split(".", 2) if owner.startswith("layers.") else ("", "", owner)
-        stored[f"blk.{i}." * bool(i) + f"{IN_GGUF[owner]}.{kind}"] = w.detach().numpy()
-    for i, kind in ((i, kind) for i in range(c.n_layer) for kind in ("weight", "bias")):
-        if c.model_type == "gpt2":
-            qkv = [stored.pop(f"blk.{i}.attn_{one}.{kind}") for one in "qkv"]
-            stored[f"blk.{i}.attn_qkv.{kind}"] = numpy.concatenate(qkv)
+        stored[names.get_name(key, (".weight", ".bias"))] = w.contiguous().numpy()
     return stored
 
 
-def fields_of(c):
-    """{field: value} of what llama.cpp says of an architecture."""
-    fields = {"block_count": c.n_layer, "context_length": c.context_length,
+def write_gguf(path, gpt, quantized="F32", tensors=None, tokenizer=None, **changes):
+    """A GGUF file of a model, its matrices of type `quantized`. tensors (arrays, or pairs with
+    their type), tokenizer and changes (of fields) are added; None takes a field away."""
+    c = gpt.config
+    eps = "attention.layer_norm_epsilon" if c.model_type == "gpt2" else \
+        "attention.layer_norm_rms_epsilon"
+    fields = {"block_count": c.n_layer, "context_length": c.context_length, eps: c.norm_eps,
               "embedding_length": c.d_model, "feed_forward_length": c.d_ff,
               "attention.head_count": c.n_head, "attention.head_count_kv": c.n_kv_head}
-    if c.model_type == "gpt2":
-        return fields | {"attention.layer_norm_epsilon": c.norm_eps}
-    return fields | {"attention.layer_norm_rms_epsilon": c.norm_eps, "rope.freq_base": c.rope_theta,
-                     "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
-                     "rope.dimension_count": c.head_dim, "vocab_size": c.vocab_size}
-
-
-def write_gguf(path, gpt, quantized="F32", tensors=None, tokenizer=None, **fields):
-    """A GGUF file of a small model, its matrices of type `quantized`; tensors, tokenizer, fields:
-    what is added or changed; None takes it away."""
-    gguf = pytest.importorskip("gguf")
-    f32, q8, arch = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0, \
-        gpt.config.model_type
-    tokens = [*ENDS, *bytes_to_unicode(), *(merge.replace(" ", "") for merge in MERGES)]
-    spare = [f"[PAD{i}]" for i in range(300 - len(tokens))]
-    said = {"model": "gpt2", "pre": "smollm", "tokens": tokens + spare, "merges": MERGES,
-            "token_type": [3] * 3 + [1] * (len(tokens) - 3) + [5] * len(spare),
-            "bos_token_id": 1, "eos_token_id": 2} | (tokenizer or {})
-    said = {f"tokenizer.ggml.{key}": value for key, value in said.items()}
-    said |= {key if key.startswith(("general.", "split.")) else f"{arch}.{key}": value
-             for key, value in (fields_of(gpt.config) | fields).items()}
-    writer = gguf.GGUFWriter(path, arch)
+    if c.model_type != "gpt2":
+        fields |= {"rope.freq_base": c.rope_theta, "rope.dimension_count": c.head_dim,
+                   "attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
+    said = {key if key.startswith(("general.", "split.")) else f"{c.model_type}.{key}": value
+            for key, value in (fields | changes).items()}
+    tokens = {"model": "gpt2", "pre": "smollm", "tokens": TOKENS + SPARE, "merges": MERGES,
+              "token_type": [3] * 3 + [1] * (len(TOKENS) - 3) + [5] * len(SPARE),
+              "bos_token_id": 1, "eos_token_id": 2} | (tokenizer or {})
+    said |= {f"tokenizer.ggml.{key}": value for key, value in tokens.items()}
+    writer = gguf.GGUFWriter(path, c.model_type)
     add = {bool: writer.add_bool, str: writer.add_string, list: writer.add_array,
            float: writer.add_float32, int: writer.add_uint32}
     for key, value in said.items():
         if value is not None:
             add[type(value)](key, value)
     writer.add_chat_template(TEMPLATE)
-    for name, w in (as_llama_cpp_stores(gpt) | (tensors or {})).items():
-        kind = gguf.GGMLQuantizationType[quantized] if w.ndim == 2 else f32
-        done = w.dtype == numpy.uint8
-        writer.add_tensor(name, w if done else gguf.quantize(w, kind),
-                          raw_dtype=q8 if done else kind)
+    gpt.save_pretrained(path.with_suffix(".hf"))
+    for name, w in (as_llama_cpp_stores(gpt, path.with_suffix(".hf")) | (tensors or {})).items():
+        w, kind = w if isinstance(w, tuple) else (w, quantized if w.ndim == 2 else "F32")
+        kind = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quantize(w, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -295,43 +260,34 @@ def write_gguf(path, gpt, quantized="F32", tensors=None, tokenizer=None, **field
     return path
 
 
+def read(path):
+    return GPT.from_pretrained(model.resolve(path))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gguf_file_is_the_model_that_it_was_made_of(kind, tmp_path, cache):
-    gpt = small(kind)
-    folder = model.resolve(write_gguf(tmp_path / "small.gguf", gpt))
-    assert folder.parent == cache and re.fullmatch("gguf-[0-9a-f]{16}", folder.name)
+    gpt, path = small(kind), tmp_path / "small.gguf"
+    folder = model.resolve(write_gguf(path, gpt))
     ours = GPT.from_pretrained(folder)
     assert replace(ours.config, hf={}) == replace(gpt.config, hf={})
-    weights = dict(ours.named_parameters())
-    assert weights.keys() == dict(gpt.named_parameters()).keys()
-    assert all(torch.equal(weights[name], p) for name, p in gpt.named_parameters())
-    transformers = pytest.importorskip("transformers")
-    same_logits(gpt, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert model.resolve(tmp_path / "small.gguf") == folder
-    assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert [path.name for path in cache.iterdir()] == [folder.name]
+    for name, p in gpt.named_parameters():
+        assert torch.equal(ours.get_parameter(name), p), name
+    same_logits(gpt, of_transformers(folder))
+    if kind in ("llama", "qwen2", "qwen3"):  # transformers has code of its own for q and k
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+        theirs = of_transformers(folder)
+        tensors = load_gguf_checkpoint(str(path), True, theirs)["tensors"]
+        theirs.load_state_dict(tensors, strict=kind == "qwen2")
+        same_logits(gpt, theirs)
+    written = folder.stat().st_ctime_ns
+    assert model.resolve(path) == folder and folder.stat().st_ctime_ns == written
+    assert [*cache.iterdir()] == [folder] and re.fullmatch("gguf-[0-9a-f]{16}", folder.name)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_a_gguf_file_is_read_as_transformers_reads_it(kind, tmp_path):
-    """It has code of its own for q and k, whose rows llama.cpp interleaves for Llama alone."""
-    transformers = pytest.importorskip("transformers")
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    path = write_gguf(tmp_path / "small.gguf", small(kind))
-    folder = model.resolve(path)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs)
-    theirs.load_state_dict(read["tensors"], strict=kind == "qwen2")
-    same_logits(GPT.from_pretrained(folder), theirs)
-
-
-@pytest.mark.parametrize("kind", ["BF16", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
+@pytest.mark.parametrize("kind", ["BF16", "F16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "MXFP4"])
 def test_quantized_tensors_are_what_gguf_dequantizes(kind, tmp_path):
-    gguf, gpt = pytest.importorskip("gguf"), small()
-    ours = GPT.from_pretrained(model.resolve(write_gguf(tmp_path / "a.gguf", gpt, quantized=kind)))
-    kind = gguf.GGMLQuantizationType[kind]
+    gpt, kind = small(), gguf.GGMLQuantizationType[kind]
+    ours = read(write_gguf(tmp_path / "small.gguf", gpt, quantized=kind.name))
     for name, p in gpt.named_parameters():
         w = p.detach()
         if w.ndim == 2:  # a head's rows are only in another order there
@@ -340,74 +296,59 @@ def test_quantized_tensors_are_what_gguf_dequantizes(kind, tmp_path):
 
 
 def test_two_quantizations_of_one_matrix_are_the_finer_of_them(tmp_path):
-    gguf, gpt = pytest.importorskip("gguf"), small()
+    gpt = small()
     table = gpt.embed_tokens.weight.detach().numpy()
-    coarse = gguf.quantize(table, gguf.GGMLQuantizationType.Q8_0)
     for finer, other in (("output", "token_embd"), ("token_embd", "output")):
-        ours = GPT.from_pretrained(model.resolve(write_gguf(
-            tmp_path / f"{finer}.gguf", gpt, tensors={
-                f"{finer}.weight": table, f"{other}.weight": coarse})))
+        tensors = {f"{finer}.weight": (table, "F32"), f"{other}.weight": (table, "Q8_0")}
+        ours = read(write_gguf(tmp_path / f"{finer}.gguf", gpt, tensors=tensors))
         assert ours.config.tie_embeddings
         assert torch.equal(ours.embed_tokens.weight, gpt.embed_tokens.weight)
-    another = numpy.ascontiguousarray(table[::-1])
-    ours = GPT.from_pretrained(model.resolve(write_gguf(
-        tmp_path / "two.gguf", gpt, tensors={"output.weight": another})))
+    another = table[::-1].copy()
+    ours = read(write_gguf(tmp_path / "two.gguf", gpt, tensors={"output.weight": another}))
     assert torch.equal(ours.lm_head.weight, torch.from_numpy(another))
-
-
-LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}
 
 
 def test_rope_scaling_of_a_gguf_file(tmp_path):
     """llama.cpp keeps what each of Llama 3's frequencies is divided by."""
-    gpt = small(rope_scaling=LLAMA3, rope_theta=5e5, head_dim=32)
+    llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    gpt = small(rope_scaling=llama3, rope_theta=5e5, head_dim=32)
     plain, scaled = (model.rope_frequencies(replace(gpt.config, rope_scaling=x))
-                     for x in ({}, LLAMA3))
-    divisors = (plain / scaled).numpy()
-    ours = GPT.from_pretrained(model.resolve(write_gguf(
-        tmp_path / "three.gguf", gpt, tensors={"rope_freqs.weight": divisors})))
-    assert ours.config.rope_scaling == LLAMA3
-    same_logits(ours, gpt)
+                     for x in ({}, llama3))
+    tensors = {"rope_freqs.weight": (plain / scaled).numpy()}
+    ours = read(write_gguf(tmp_path / "three.gguf", gpt, tensors=tensors))
+    assert ours.config.rope_scaling == llama3
+    tensors["rope_freqs.weight"] += 1
     with pytest.raises(ValueError, match="Llama 3.1"):
-        model.resolve(write_gguf(tmp_path / "other.gguf", gpt, tensors={
-            "rope_freqs.weight": divisors + 1}))
+        read(write_gguf(tmp_path / "other.gguf", gpt, tensors=tensors))
     for kind, scaling in (("linear", {"rope_type": "linear", "factor": 4.0}), ("none", {})):
-        ours = GPT.from_pretrained(model.resolve(write_gguf(tmp_path / "l.gguf", small(), **{
-            "rope.scaling.type": kind, "rope.scaling.factor": 4.0})))
+        fields = {"rope.scaling.type": kind, "rope.scaling.factor": 4.0}
+        ours = read(write_gguf(tmp_path / f"{kind}.gguf", small(), **fields))
         assert ours.config.rope_scaling == scaling
 
 
-BIG = numpy.zeros((32, 32), numpy.float32)
-REFUSED = {  # what a GGUF file may say that is not implemented: what the message names
-    "yarn": ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
-    "experts": ({"expert_count": 8}, "expert_count"),
-    "sliding window": ({"attention.sliding_window": 64}, "sliding_window"),
-    "softcapping": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
-    "logit scale": ({"logit_scale": 8.0}, "logit_scale"),
-    "not causal": ({"attention.causal": False}, "attention.causal"),
-    "other values": ({"attention.value_length": 4}, "value_length"),
-    "partial rope": ({"rope.dimension_count": 4}, "rope.dimension_count"),
-    "unknown": ({"some.new_field": 1}, "some.new_field"),
-    "no layers": ({"block_count": None}, "block_count"),
-    "no eps": ({"attention.layer_norm_rms_epsilon": None}, "layer_norm_epsilon"),
-    "heads of each layer": ({"attention.head_count_kv": [2, 1]}, "Error"),
-    "zero heads": ({"attention.head_count": 0}, "zero"),
-    "another architecture": ({"general.architecture": "gemma3"}, "'gemma3'"),
-    "adapter": ({"general.type": "adapter"}, "adapter"), "part": ({"split.count": 3}, "part"),
-    "unknown tensor": (dict(tensors={"blk.0.attn_sinks.weight": BIG}), "attn_sinks"),
-    "too many layers": ({"block_count": 3}, "layers.2"), "too few": ({"block_count": 1}, "layers.1"),
-    "rows": (dict(tensors={"blk.0.attn_q.weight": numpy.zeros((40, 32), numpy.float32)}), "q_proj"),
-    "no end": (dict(tokenizer={"eos_token_id": None}), "eos_token_id"),
-    "SentencePiece": (dict(tokenizer={"model": "llama"}), "ggml.model"),
-    "pre-tokenizer": (dict(tokenizer={"pre": "dbrx"}), "dbrx"),
-    "adds an end": (dict(tokenizer={"add_eos_token": True}), "add_eos_token"),
-    "no merges": (dict(tokenizer={"merges": None}), "merges")}
+BIG = torch.zeros(40, 32).numpy()
+REFUSED = [  # what a GGUF file may say that is not implemented, and what the message names
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
+    ({"expert_count": 8}, "expert_count"), ({"attention.sliding_window": 64}, "sliding_window"),
+    ({"logit_scale": 8.0}, "logit_scale"), ({"attention.causal": False}, "attention.causal"),
+    ({"attention.value_length": 4}, "value_length"), ({"some.new_field": 1}, "some.new_field"),
+    ({"rope.dimension_count": 4}, "rope.dimension_count"), ({"block_count": None}, "block_count"),
+    ({"attention.layer_norm_rms_epsilon": None}, "layer_norm_epsilon"),
+    ({"attention.head_count_kv": [2, 1]}, "Error"), ({"attention.head_count": 0}, "zero"),
+    ({"general.architecture": "gemma3"}, "'gemma3'"), ({"general.type": "adapter"}, "adapter"),
+    ({"split.count": 3}, "part"), ({"block_count": 3}, "layers.2"), ({"block_count": 1}, "ers.1"),
+    ({"tensors": {"blk.0.attn_sinks.weight": BIG}}, "attn_sinks"),
+    ({"tensors": {"blk.0.attn_q.weight": BIG}}, "q_proj"),
+    ({"tokenizer": {"eos_token_id": None}}, "eos_token_id"),
+    ({"tokenizer": {"model": "llama"}}, "ggml.model"), ({"tokenizer": {"pre": "dbrx"}}, "dbrx"),
+    ({"tokenizer": {"add_eos_token": True}}, "add_eos_token"),
+    ({"tokenizer": {"merges": None}}, "merges")]
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_a_gguf_file_has_and_the_model_lacks_is_refused_by_name(what, tmp_path, cache):
-    changes, culprit = REFUSED[what]
+@pytest.mark.parametrize("changes, culprit", REFUSED, ids=lambda x: x if type(x) is str else "")
+def test_what_a_gguf_file_has_and_the_model_lacks_is_refused_by_name(changes, culprit, tmp_path,
+                                                                     cache):
     path = write_gguf(tmp_path / "small.gguf", small(), **changes)
     with pytest.raises(ValueError, match=f"^{path}: [^\n]*{culprit}[^\n]*$"):
         model.resolve(path)
@@ -422,33 +363,21 @@ def test_a_damaged_gguf_file_is_one_line(tmp_path):
         path.write_bytes(part)
         with pytest.raises(ValueError, match=f"^{path}: [^\n]*$"):
             model.resolve(path)
-    with pytest.raises(FileNotFoundError):
-        model.resolve(tmp_path / "nowhere.gguf")
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
-def test_the_tokenizer_of_a_gguf_file_is_what_transformers_makes_of_its_files(pre, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    folder = model.resolve(write_gguf(tmp_path / "small.gguf", small(), tokenizer={
-        "pre": pre, "add_bos_token": False, "eot_token_id": 0}))
+@pytest.mark.parametrize("pre, says, begins", [
+    ("gpt-2", True, True), ("smollm", None, False), ("qwen2", False, False),
+    ("llama-bpe", None, True), ("llama-bpe", False, False)])
+def test_the_tokenizer_of_a_gguf_file_is_what_transformers_makes_of_its_files(pre, says, begins,
+                                                                              tmp_path):
+    """Where the file does not say so, Llama 3's texts begin with the BOS, as in llama.cpp."""
+    said = {"pre": pre, "add_bos_token": says, "eot_token_id": 0}
+    folder = model.resolve(write_gguf(tmp_path / "small.gguf", small(), tokenizer=said))
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), data.load_tokenizer(folder)
-    texts = "We're 12 of\n\n the 1234567 e\u0301 [PAD299]", " the\tthe  \n 12", "日本語 😀"
-    for text in (TEXT, *texts):
-        assert ours.encode(text) == theirs.encode(text), text
-    assert (ours.eos_ids, ours.chat_template) == ((2, 0), TEMPLATE)
-
-
-@pytest.mark.parametrize("pre, said, begins", [
-    ("llama-bpe", None, True), ("llama-bpe", False, False), ("smollm", None, False),
-    ("gpt-2", True, True)])
-def test_a_gguf_file_says_whether_texts_begin_with_the_bos(pre, said, begins, tmp_path):
-    """Where it does not, Llama 3's do, and no others, as in llama.cpp."""
-    folder = model.resolve(write_gguf(tmp_path / "small.gguf", small(), tokenizer={
-        "pre": pre, "add_bos_token": said}))
-    assert data.load_tokenizer(folder).prefix == [1] * begins
-    transformers = pytest.importorskip("transformers")
-    ids = transformers.AutoTokenizer.from_pretrained(folder).encode("the the")
-    assert (ids[0] == 1) == begins and ids.count(1) == begins
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+        assert theirs.encode(text) == [1] * begins + ours.encode(text)
+    assert (ours.eos_ids, ours.chat_template, ours.prefix) == ((2, 0), TEMPLATE, [1] * begins)
 
 
 def test_a_run_on_a_gguf_file_leaves_an_ordinary_folder(tmp_path):
@@ -458,28 +387,25 @@ def test_a_run_on_a_gguf_file_leaves_an_ordinary_folder(tmp_path):
     assert train.main(argv.split()) == 0
     student = tmp_path / "out" / "student"
     assert json.loads((student.parent / "results.json").read_text())["config"]["model"] == str(path)
-    transformers = pytest.importorskip("transformers")
-    same_logits(GPT.from_pretrained(student),
-                transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32))
+    same_logits(GPT.from_pretrained(student), of_transformers(student))
     theirs = transformers.AutoTokenizer.from_pretrained(student)
-    assert theirs.encode(TEXT) == data.load_tokenizer(student).encode(TEXT)
+    assert theirs.encode(TEXTS[0]) == data.load_tokenizer(student).encode(TEXTS[0])
 
 
 # ------------------------------------------------------------------------------- names on the hub
 
 def test_a_name_is_looked_for_in_the_local_cache_then_fetched(tmp_path, monkeypatch):
     asked, there = [], make_folder(tmp_path / "snapshot")
-    half = tmp_path / "half"  # a configuration without weights
-    half.mkdir()
+    (tmp_path / "half").mkdir()  # a configuration without weights may lie in the cache
 
-    def snapshot_download(repo, local_files_only, **options):
-        asked.append((repo, options["revision"], local_files_only))
-        assert "config.json" in options["allow_patterns"] and "*.bin" not in str(options)
+    def snapshot_download(repo, local_files_only, revision, allow_patterns):
+        asked.append((repo, revision, local_files_only))
+        assert "config.json" in allow_patterns and "*.bin" not in allow_patterns
         if repo == "org/none" or repo == "org/new" and local_files_only:
             raise RuntimeError("no network\nat all")
-        return str(half if repo == "org/half" and local_files_only else there)
-    fake = types.SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+        return str(tmp_path / "half" if repo == "org/half" and local_files_only else there)
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     for name, found in {
             "org/known": [("org/known", None, True)],
             "org/new@v1": [("org/new", "v1", True), ("org/new", "v1", False)],
@@ -490,33 +416,19 @@ def test_a_name_is_looked_for_in_the_local_cache_then_fetched(tmp_path, monkeypa
     with pytest.raises(FileNotFoundError, match=message):
         model.resolve("org/none@v2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
-        model.resolve("org/known")
+    for name in ("org/known", "nowhere", "nowhere.gguf", "/no/such", "a/b/c", "../no", "org/x y"):
+        with pytest.raises(FileNotFoundError, match="pip install hugging" * (name == "org/known")):
+            model.resolve(name)
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "org" / "known")
     assert str(model.resolve("org/known")) == "org/known"  # a folder wins
-    for name in ("nowhere", "/no/such", "a/b/c", "../no", "org/x y"):
-        with pytest.raises(FileNotFoundError, match="^[^\n]*$"):
-            model.resolve(name)
 
 
 # ------------------------------------------------------------------------------------------- rows
 
-SYSTEM = {"role": "system", "content": "Be brief."}
-USER, SAID = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}
-AGAIN, LAST = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}
-
-
-def jsonl(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def only(tmp_path, *rows):
-    """The Examples of a file of these rows, all of it measured."""
-    return load_task(jsonl(tmp_path / "rows.jsonl", *rows), measured_only=True).eval["all"]
-
-
+ARC = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
+ONE = {**ARC, "label": ["1", "2", "3"]}
+CONTEXTS = {"contexts": ["It is", "It was"], "continuation": " so.", "answer": 1}
 TALKS = [  # a row; its prompt, response, system message and earlier turns
     ({"messages": [SYSTEM, USER, SAID, AGAIN, LAST]}, "Two?", "2", "Be brief.", [USER, SAID]),
     ({"prompt": "One?", "messages": [USER, SAID]}, "One?", "1"),
@@ -529,54 +441,46 @@ TALKS = [  # a row; its prompt, response, system message and earlier turns
     ({"question": "One?", "response": "1"}, "One?", "1"),
     ({"system_prompt": "Be brief.", "question": "One?", "answer": "1"}, "One?", "1", "Be brief."),
     ({"instruction": "Add.", "input": "1 + 0", "output": "1"}, "Add.\n\n1 + 0", "1"),
-    ({"instruction": "Add.", "input": "", "output": "1"}, "Add.", "1"),
-    ({"instruction": "Add.", "output": "1"}, "Add.", "1")]
-
-
-@pytest.mark.parametrize("row, prompt, response, system, earlier",
-                         [(*talk, "", [])[:5] if len(talk) < 4 else (*talk, [])[:5]
-                          for talk in TALKS], ids=lambda x: "")
-def test_questions_with_demonstrations_are_read_in_every_form(row, prompt, response, system,
-                                                              earlier, tmp_path):
-    e, = only(tmp_path, row)
-    assert (e.prompt, e.response, e.system, e.earlier) == (prompt, response, system, earlier)
-    assert e.check(response) and not e.check("another") and e.chat and not e.choices
-    assert e.where == f"{tmp_path}/rows.jsonl:1"
-    again, other = {**row, "id": 8}, {**row, "prompt": "Another?", "question": "Another?"}
-    assert len(only(tmp_path, row, again)) == 1 and "messages" in row or len(
-        only(tmp_path, row, {**other, "instruction": "Another."})) == 2
-
-
-ARC = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
-ONE = {**ARC, "label": ["1", "2", "3"]}
-
-
-@pytest.mark.parametrize("row, right", [
+    ({"instruction": "Add.", "input": "", "output": "1"}, "Add.", "1")]
+CHOICES = [  # a row, and which choice is right
     ({"question": "Sky?", "choices": ARC, "answerKey": "B", "id": "Mercury_7"}, 1),
     ({"prompt": "Sky?", "choices": ARC, "answer": "C"}, 2),
     ({"question": "Sky?", "choices": ONE, "answerKey": "1"}, 0),
     ({"question": "Sky?", "choices": ARC, "answer": 1}, 1),
-    ({"question": "Sky?", "choices": ARC["text"], "answer": 2}, 2),
-    ({"prompt": "Sky?", "choices": [" red", "blue ", "green"], "answer": 0}, 0)])
-def test_choices_are_texts_or_arcs_own(row, right, tmp_path):
-    e, = only(tmp_path, row)
-    assert e.choices == [("Sky?", " red"), ("Sky?", " blue"), ("Sky?", " green")]
-    assert (e.prompt, e.answer, e.response) == ("Sky?", right, ARC["text"][right])
-
-
-def test_one_continuation_of_two_contexts(tmp_path):
-    e, = only(tmp_path, {"contexts": ["It is", "It was"], "continuation": " so.", "answer": 1})
-    assert e.choices == [("It is", " so."), ("It was", " so.")]
-    assert (e.prompt, e.answer, e.response) == ("It was", 1, "so.")
-
-
-CONTEXTS = {"contexts": ["a", "b"], "continuation": "c", "answer": 0}
+    ({"prompt": "Sky?", "choices": [" red", "blue ", "green"], "answer": 0}, 0)]
 TOOLS = {"prompt": "Documentation. Question: what is the weather in Oslo?", "golden_answer": [
             {"Action": "getPlace", "Action_Input": '{"name": "Oslo"}'},
             {"Action": "getWeather", "Action_Input": '{"day": 1}'}],
          "golden_response": [
              'Thought: first the place.\nAction: getPlace\nAction Input: {"name": "Oslo"}',
              'Thought: then\nAction: getWeather\nAction Input: {"day": 1}']}
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def only(tmp_path, *rows):
+    """The Examples of a file of these rows, all of it measured."""
+    return load_task(jsonl(tmp_path / "rows.jsonl", *rows), measured_only=True).eval["all"]
+
+
+def test_rows_are_read_in_every_form(tmp_path):
+    for row, prompt, response, *more in TALKS:
+        (e,), (system, earlier) = only(tmp_path, row), [*more, "", []][:2] if len(more) < 2 else more
+        assert (e.prompt, e.response, e.where) == (prompt, response, f"{tmp_path}/rows.jsonl:1")
+        assert (e.system, e.earlier) == (system, earlier or []), row
+        assert e.check(response) and not e.check("another") and e.chat and not e.choices
+    for row, right in CHOICES:
+        e, = only(tmp_path, row)
+        assert e.choices == [("Sky?", " red"), ("Sky?", " blue"), ("Sky?", " green")]
+        assert (e.prompt, e.answer, e.response) == ("Sky?", right, ARC["text"][right])
+    e, = only(tmp_path, CONTEXTS)
+    assert e.choices == [("It is", " so."), ("It was", " so.")]
+    assert (e.prompt, e.answer, e.response) == ("It was", 1, "so.")
+    same = {"question": "One?", "answer": "1"}
+    assert len(only(tmp_path, same, {**same, "id": 8}, {**same, "question": "Two?"})) == 2
 
 
 @pytest.mark.parametrize("row", [
@@ -599,17 +503,19 @@ def test_a_row_of_no_form_is_refused_by_file_and_line(row, tmp_path):
 
 
 GOOD = [{"question": f"Question {i}?", "answer": "The same."} for i in range(10)]
+LINES = "\n".join(map(json.dumps, GOOD))
 
 
-@pytest.mark.parametrize("name, text", [
-    ("a.json", json.dumps(GOOD)), ("a.json", json.dumps(GOOD, indent=2)),
-    ("a.json", "\n".join(map(json.dumps, GOOD))), ("a.json", json.dumps({"data": GOOD, "v": 1})),
-    ("a.ndjson", "\n".join(map(json.dumps, GOOD))), ("a.JSON", "\ufeff" + json.dumps(GOOD))])
-def test_rows_are_lines_or_an_array(name, text, tmp_path):
-    (tmp_path / name).write_bytes(text.encode())
-    content = [[(e.prompt, e.response) for e in [*task.train, *task.eval["held_out"]]]
-               for task in map(load_task, (tmp_path / name, jsonl(tmp_path / "l.jsonl", *GOOD)))]
-    assert content[0] == content[1] and len(content[0]) == 10
+def test_rows_are_lines_or_an_array(tmp_path):
+    lines = load_task(jsonl(tmp_path / "lines.jsonl", *GOOD))
+    for name, text in (("a.json", json.dumps(GOOD)), ("a.json", json.dumps(GOOD, indent=2)),
+                       ("a.json", LINES), ("a.json", json.dumps({"data": GOOD, "v": 1})),
+                       ("a.ndjson", LINES), ("a.JSON", "\ufeff" + json.dumps(GOOD))):
+        (tmp_path / name).write_bytes(text.encode())
+        task = load_task(tmp_path / name)
+        assert len(task.train) == 8
+        for ours, theirs in ((task.train, lines.train), (*task.eval.values(), *lines.eval.values())):
+            assert [e.prompt for e in ours] == [e.prompt for e in theirs]
 
 
 @pytest.mark.parametrize("text, says", [
@@ -636,27 +542,23 @@ def test_tools_are_graded_by_their_calls(tmp_path):
         e.response.replace("getPlace", "getPlaces"), e.response.replace("Oslo", "Bergen"),
         e.response.replace("1}", '"1"}'), e.response.replace("Action:", "action:"),
         e.response.replace("getPlace", "getWeather"), e.response + '\nAction Input: {"more": 1}',
-        "Action: f\nAction Input: " + '{"a": ' + "[" * 100_000]
+        'Action: f\nAction Input: {"a": ' + "[" * 100_000]
     assert not any(map(e.check, wrong))
-    e, = only(tmp_path, {**TOOLS, "golden_answer": [
-        {"Action": "list", "Action_Input": x} for x in ("", "no JSON")]})
+    same = [{"Action": "list", "Action_Input": x} for x in ("", "no JSON")]
+    e, = only(tmp_path, {**TOOLS, "golden_answer": same})
     assert e.check("Action: list\nAction: list") and not e.check("Action: list")
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: no demonstration"):
-        load_task(jsonl(tmp_path / "rows.jsonl", {**TOOLS, "golden_response": []}))
-
-
-OUTPUT = "<reasoning>A? <answer>A</answer> No.</reasoning>\n<answer> B </answer>"
 
 
 def test_science_is_graded_by_the_last_answer(tmp_path):
+    output = "<reasoning>A? <answer>A</answer> No.</reasoning>\n<answer> B </answer>"
     shown, measured, other = only(
-        tmp_path, {"messages": [SYSTEM, USER], "output_text": OUTPUT},
+        tmp_path, {"messages": [SYSTEM, USER], "output_text": output},
         {"prompt": [SYSTEM, USER], "answer": "B"}, {"prompt": [SYSTEM, USER], "answer": "Bees"})
-    for e, response in ((shown, OUTPUT), (measured, ""), (other, "Bees")):
+    for e, response in ((shown, output), (measured, ""), (other, "Bees")):
         assert (e.prompt, e.response, e.system) == ("One?", response, "Be brief.")
     assert other.check("bees.")
     for e in (shown, measured):
-        assert e.check(OUTPUT) and e.check("<answer>A</answer><answer>\nB\n</answer> or A")
+        assert e.check(output) and e.check("<answer>A</answer><answer>\nB\n</answer> or A")
         wrong = ["B", "", "<answer>B", "<answer>b</answer>", "<answer>B.</answer>",
                  "<answer>B</answer><answer>C</answer>", "<answer>A, B</answer>", "B</answer>"]
         assert not any(map(e.check, wrong))

@@ -5,6 +5,7 @@ import json
 import pydoc_data.topics
 import random
 import re
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import make_folder, tiny
+from conftest import GPT2, QWEN2, QWEN3, SMOLLM3, make_folder, tiny
 from safetensors.torch import load_file
 
 import data
@@ -96,13 +97,7 @@ def unigram():
     return t, trainers.UnigramTrainer(special_tokens=SPECIAL, vocab_size=600, unk_token="<unk>")
 
 
-def wordpiece():
-    t = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
-    t.pre_tokenizer, t.decoder = pre.BertPreTokenizer(), decoders.WordPiece()
-    return t, trainers.WordPieceTrainer(special_tokens=SPECIAL, vocab_size=900)
-
-
-@pytest.fixture(scope="module", params=[bloom, llama2, unigram, wordpiece])
+@pytest.fixture(scope="module", params=[bloom, llama2, unigram])
 def pair(request, tmp_path_factory):
     """(transformers' tokenizer, the folder that it was saved into)."""
     folder, (t, trainer) = tmp_path_factory.mktemp("tokenizer"), request.param()
@@ -117,28 +112,21 @@ def pair(request, tmp_path_factory):
     return theirs, folder
 
 
-def test_ids_and_texts_are_transformers_where_the_core_refuses(pair):
+def test_ids_texts_and_chats_are_transformers_where_the_core_refuses(pair):
     """On 100,000 tokens of documentation, code, emoji, Chinese and chats."""
     (theirs, folder), draw, n = pair, random.Random(0), 0
     with pytest.raises(ValueError, match="--with formats"):
         data.load_tokenizer(folder)
     ours, words = load(folder), [*WORLD.split(" "), *SPECIAL, " ", "  ", "\n", "\r\n", "\t", "a"]
-    texts = [*draw.choices(DOCUMENTS, k=30), CODE, "", " ", "a<|im_end|> b"]
+    texts = [*draw.choices(DOCUMENTS, k=50), CODE, "", " ", "a<|im_end|> b"]
     texts += ["".join(draw.choices(words, k=draw.randint(1, 30))) for _ in range(300)]
-    texts += [theirs.apply_chat_template([{**USER, "content": w}], tokenize=False) for w in words]
     for text in texts:
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text) == ids, text[:200]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text[:200]
         assert ours.decode(ids, keep_special=True) == theirs.decode(ids), text[:200]
         n += len(ids)
-    assert n > 100_000
-    assert ours.prefix == [1] and ours.size == len(theirs)
-    assert ours.encode_text("One.") == theirs.encode("One.")
-
-
-def test_a_chat_and_its_answer_are_transformers(pair):
-    theirs, ours = pair[0], load(pair[1])
+    assert n > 100_000 and ours.prefix == [1] and ours.size == len(theirs)
     for messages in ([USER], [SYSTEM, USER], [USER, SAID, AGAIN]):
         assert ours.chat(messages) == theirs.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False)
@@ -148,55 +136,44 @@ def test_a_chat_and_its_answer_are_transformers(pair):
 
 
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-FOLDERS = {  # what the files say besides tokenizer.json
-    "named": {"bos_token": "[X]", "pad_token": {"__type": "AddedToken", "content": "b", **FLAGS}},
-    "listed": {"additional_special_tokens": ["<x>", "c"], "image_token": "<img>"},
-    "in a table": {"extra_special_tokens": {"audio": "<audio>"}, "add_bos_token": True},
-    "by id": {"added_tokens_decoder": {"900": {"content": "[Y]", **FLAGS, "special": True},
-                                       "901": {"content": "[Z]", **FLAGS, "lstrip": True}},
-              "bos_token": "[Y]"}}
+FOLDERS = [  # what the files say besides tokenizer.json
+    {"bos_token": "[X]", "pad_token": {"__type": "AddedToken", "content": "b", **FLAGS}},
+    {"additional_special_tokens": ["<x>", "c"], "image_token": "<img>", "add_bos_token": True},
+    {"extra_special_tokens": {"audio": "<audio>"}, "mask_token": None},
+    {"added_tokens_decoder": {"5": {"content": "[Y]", **FLAGS, "special": True},
+                              "6": {"content": "[Z]", **FLAGS, "lstrip": True}}}]
 
 
 @pytest.mark.parametrize("older", [{}, {"mask_token": "[M]"}])
-@pytest.mark.parametrize("what", FOLDERS)
-def test_tokens_that_other_files_name_are_added_as_transformers_adds_them(what, older, tmp_path):
-    t, trainer = wordpiece()
-    t.train_from_iterator(DOCUMENTS[:3], trainer)
-    t.save(str(tmp_path / "tokenizer.json"))
+@pytest.mark.parametrize("config", FOLDERS)
+def test_tokens_that_other_files_name_are_added_as_transformers_adds_them(config, older, pair,
+                                                                          tmp_path):
+    shutil.copy(pair[1] / "tokenizer.json", tmp_path)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>",
-                                                                **FOLDERS[what]}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>"}))
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    ours = load(tmp_path)
-    ids = ours.encode("[X]abc [Y] [Z]<x>[M] <img>d<audio> </s>")
-    assert ids == theirs.encode("[X]abc [Y] [Z]<x>[M] <img>d<audio> </s>", add_special_tokens=False)
+    ours, text = load(tmp_path), "[X]abc [Y] [Z]<x>[M] <img>d<audio> </s>"
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text, add_special_tokens=False)
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
-    path, (t, trainer) = tmp_path / "tokenizer.json", wordpiece()
-    t.train_from_iterator(DOCUMENTS[:1], trainer)
-    t.save(str(path))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    assert load(tmp_path).eos_id == 2
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "tokenizers", None)
-        with pytest.raises(ValueError, match=f"^{tmp_path}[^\n]*pip install tokenizers"):
-            load(tmp_path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Odd"}}))
-    with pytest.raises(ValueError, match=f"^{path}: [^\n]*$"):
+def test_a_tokenizer_that_cannot_be_read_is_one_line(pair, tmp_path, monkeypatch):
+    spec = json.loads((pair[1] / "tokenizer.json").read_text()) | {"normalizer": {"type": "Odd"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer.json: [^\n]*$"):
         load(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=f"^{pair[1]}[^\n]*pip install tokenizers"):
+        load(pair[1])
 
 
 # ------------------------------------------------------------------------------------- GGUF files
 
 KINDS = {  # what else a model of each architecture has
-    "llama": {}, "llama-biases": dict(qkv_bias=True, out_bias=True, mlp_bias=True),
-    "qwen2": dict(model_type="qwen2", qkv_bias=True, tie_embeddings=False),
-    "qwen3": dict(model_type="qwen3", head_dim=12, norm_eps=1e-6),
-    "smollm3": dict(model_type="smollm3", n_layer=5, no_rope=(3,)),
-    "gpt2": dict(model_type="gpt2", n_kv_head=4, rope_theta=0.0, qkv_bias=True, out_bias=True,
-                 mlp_bias=True)}
+    "llama": {}, "biases": dict(qkv_bias=True, out_bias=True, mlp_bias=True), "qwen2": QWEN2,
+    "qwen3": QWEN3 | dict(norm_eps=1e-6), "smollm3": SMOLLM3 | dict(n_layer=5, no_rope=(3,)),
+    "gpt2": GPT2 | dict(rope_theta=0.0)}
 MERGES = ["Ġ t", "h e", "Ġt he", "1 2", "12 3"]
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *bytes_to_unicode(),
           *(merge.replace(" ", "") for merge in MERGES)]
@@ -297,15 +274,14 @@ def test_quantized_tensors_are_what_gguf_dequantizes(kind, tmp_path):
 
 def test_two_quantizations_of_one_matrix_are_the_finer_of_them(tmp_path):
     gpt = small()
-    table = gpt.embed_tokens.weight.detach().numpy()
+    table, path = gpt.embed_tokens.weight.detach().numpy(), tmp_path / "small.gguf"
     for finer, other in (("output", "token_embd"), ("token_embd", "output")):
-        tensors = {f"{finer}.weight": (table, "F32"), f"{other}.weight": (table, "Q8_0")}
-        ours = read(write_gguf(tmp_path / f"{finer}.gguf", gpt, tensors=tensors))
+        ours = read(write_gguf(path, gpt, tensors={
+            f"{finer}.weight": (table, "F32"), f"{other}.weight": (table, "Q8_0")}))
         assert ours.config.tie_embeddings
         assert torch.equal(ours.embed_tokens.weight, gpt.embed_tokens.weight)
-    another = table[::-1].copy()
-    ours = read(write_gguf(tmp_path / "two.gguf", gpt, tensors={"output.weight": another}))
-    assert torch.equal(ours.lm_head.weight, torch.from_numpy(another))
+    ours = read(write_gguf(path, gpt, tensors={"output.weight": table[::-1].copy()}))
+    assert torch.equal(ours.lm_head.weight, gpt.embed_tokens.weight.flip(0))
 
 
 def test_rope_scaling_of_a_gguf_file(tmp_path):

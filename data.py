@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-import regex as re_unicode  # comes with tiktoken
 import tiktoken
 from jinja2 import TemplateError
 from jinja2.ext import Extension, LoopControlExtension
@@ -116,11 +115,6 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids; added tokens in the text become their ids."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"a text holds half a surrogate pair, {text[error.start]!r}, which is "
-                             f"no character: {text[max(0, error.start - 20):][:40]!r}") from None
         return self._ids(text)
 
     def _ids(self, text):
@@ -280,7 +274,12 @@ def read_json(path):
 
 
 def byte_level_bpe(spec):
-    """encode_plain(text) -> ids by tiktoken, for what a tokenizer.json says."""
+    """encode_plain(text) -> ids by tiktoken, for what a tokenizer.json says.
+
+    Merges are joined in their order (Sennrich et al., 1508.07909); tiktoken joins whatever two
+    neighbours give the token of the lowest rank, which is the same in a vocabulary that was
+    trained. Its ranks are the 256 bytes, then the merges; `ids` translates them.
+    """
     steps, model = spec["pre_tokenizer"] or {}, spec["model"]
     steps = steps.get("pretokenizers", [steps])
     kinds, last, normalizer = [s.get("type") for s in steps], steps[-1], spec.get("normalizer")
@@ -293,78 +292,33 @@ def byte_level_bpe(spec):
         pattern = next((p for p in (QWEN2, LLAMA3)
                         if steps[0] == {**split, "pattern": {"Regex": p}}), None)
     flags = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
+    tokens = spec.get("added_tokens", [])
     if not pattern or last.get("add_prefix_space", True) or any(model.get(f) for f in flags) \
             or normalizer not in (None, {"type": "NFC"}) \
             or (spec.get("decoder") or {}).get("type") != "ByteLevel" \
             or any(t.get("lstrip") or t.get("rstrip") or t.get("single_word")
-                   or t.get("normalized") and normalizer for t in spec.get("added_tokens", [])):
+                   or t.get("normalized") and normalizer for t in tokens):
         raise ValueError(f"its kind of tokenizer {EXTRA}")
-    vocab, merges = model["vocab"], [tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
-                                     for m in model["merges"]]
-    made = one_way(merges)
-    added = {t["content"] for t in spec.get("added_tokens", [])}
-    whole = model.get("ignore_merges") and {
-        t for t in vocab if set(t) <= BYTE_OF.keys()} - (made or {}).keys() - added
-    if made is None or whole:
-        raise ValueError(f"the order of its merges {EXTRA}")
-    tokens = [*BYTE_OF, *(token for token in made if len(token) > 1)]
-    ids = [vocab.get(token) for token in tokens]
-    if model.get("unk_token") in vocab and None in ids[:256]:
+    vocab, made = model["vocab"], dict.fromkeys(BYTE_OF)
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left not in made or right not in made or left + right not in vocab:
+            raise ValueError(f"the merge {merge!r}, whose parts come later or never, {EXTRA}")
+        made[left + right] = None
+    whole = {t for t in vocab if set(t) <= BYTE_OF.keys()} - made.keys()
+    if model.get("ignore_merges") and whole - {t["content"] for t in tokens}:
+        raise ValueError(f"a word that no merge makes {EXTRA}")
+    ids = [vocab.get(token) for token in made]
+    if model.get("unk_token") in vocab and None in ids:
         raise ValueError(f"its unk_token {EXTRA}")
     encoding = tiktoken.Encoding("folder", pat_str=pattern, special_tokens={}, mergeable_ranks={
-        to_bytes(token): rank for rank, token in enumerate(tokens)})
-    lacking = bytes(rank for rank in range(256) if ids[rank] is None)
+        to_bytes(token): rank for rank, token in enumerate(made)})
 
     def encode_plain(text):
         text = unicodedata.normalize("NFC", text) if normalizer else text
-        if not set(text.encode()).intersection(lacking):
-            return [ids[rank] for rank in encoding.encode_ordinary(text)]
-        ranks = []  # a byte that the vocabulary lacks is left out before its piece is merged
-        for piece in re_unicode.findall(pattern, text):
-            kept = piece.encode().translate(None, lacking)
-            ranks += encoding._encode_single_piece(kept) if kept else []
-        return [ids[rank] for rank in ranks]
+        found = [ids[rank] for rank in encoding.encode_ordinary(text)]
+        return [i for i in found if i is not None]  # None: a byte that the vocabulary lacks
     return encode_plain
-
-
-def one_way(merges):
-    """{token: (rank, left, right)}: how each token is made, if that is always of the same halves.
-
-    Merges are joined in their order (Sennrich et al., 1508.07909); tiktoken joins whatever two
-    neighbours give the token of the lowest rank, which is the same if this is not None. A token
-    whose halves other merges join across its middle, earlier, is never made:
-
-    >>> list(one_way([("l", "o"), ("o", "w"), ("l", "ow"), ("lo", "w")]).items())[256:]
-    [('lo', (0, 'l', 'o')), ('ow', (1, 'o', 'w')), ('low', (3, 'lo', 'w'))]
-    """
-    made, late = {c: (-1, "", "") for c in BYTE_OF}, set()
-    for rank, (left, right) in enumerate(merges):
-        if left + right in made:
-            continue
-        if left not in made or right not in made:
-            late.add(left + right)
-        elif meet(left, right, made):
-            made[left + right] = rank, left, right
-    return None if late - made.keys() else made
-
-
-def meet(left, right, made):
-    """Whether the merges so far leave these two tokens side by side.
-
-    They do unless a pair across the middle is joined while both its halves are there. The two are
-    undone, the latest merge first; `limit` is the rank before which they were joined to others.
-    """
-    limit = len(made) + 1e9
-    while True:
-        rank, *halves = made.get(left + right, (limit, "", ""))
-        if rank < limit and halves == [left, right]:
-            return False
-        if len(left) == len(right) == 1:
-            return True
-        if made[left][0] > made[right][0]:
-            limit, _, left = made[left]
-        else:  # of pairs of the same rank the left one is joined first
-            limit, right = made[right][0] + 1, made[right][1]
 
 
 # ------------------------------------------------------------------------------ examples, prompts
@@ -445,23 +399,15 @@ def begun(tokenizer, ids):
 
 
 def check_special_tokens(tokenizer, examples):
-    """ValueError for a special token's text (`Paris<|im_end|>`) in the words of a chat.
-
-    In the prompt it would be a token, not its characters; a response would be learned with an end
-    or a token within, and no answer, read without them, could equal it.
-    """
+    """ValueError for a special token's text (`Paris<|im_end|>`) in the words of a chat."""
     special = [t for t, i in tokenizer.added.items()
                if i in tokenizer.hidden or i in tokenizer.eos_ids]
     for e in (e for e in examples if e.chat):
-        words = {"system message": e.system, "prompt": e.prompt, "response": e.response,
-                 "earlier turns": " ".join(turn["content"] for turn in e.earlier)}
-        for what, text in words.items():
-            found = [token for token in special if token in text]
-            if found:
-                where = e.where or repr(e.prompt[:60])
-                raise ValueError(f"{where}: the {what} contains {max(found, key=len)!r}, a special "
-                                 "token of the model: take it out; the chat template puts in its "
-                                 "own")
+        text = " ".join([e.system, e.prompt, e.response, *(t["content"] for t in e.earlier)])
+        for token in special:
+            if token in text:
+                raise ValueError(f"{e.where or repr(e.prompt[:60])} contains {token!r}, a special "
+                                 "token of the model: the chat template puts in its own")
 
 
 def _cut(ids, n):

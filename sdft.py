@@ -201,10 +201,28 @@ def sft(model, batches, *, micro_batch=16, stop=None, share=list, score=score, *
 
 
 def micro_batches(batch, completions, size):
-    """[(prompts, completions)] with at most `size` rows each, rows of like length together."""
-    order = sorted(range(len(batch)), key=lambda i: len(batch[i].student) + len(completions[i]))
+    """[(prompts, completions)] with at most `size` rows each.
+
+    Prompts with a common beginning stand together, each group by length.
+    """
+    order = []
+    for group in alike([p.student for p in batch]):
+        order += sorted(group, key=lambda i: len(batch[i].student) + len(completions[i]))
     parts = [order[start:start + size] for start in range(0, len(order), size)]
     return [([batch[i] for i in part], [completions[i] for i in part]) for part in parts]
+
+
+def alike(prompts, beginning=8):
+    """Indices of the prompts in groups: one for each beginning of 8 tokens that several share, one
+    for all the others.
+
+    >>> alike([[1, 2, 3], [7], [1, 2, 9], [8]], beginning=2)
+    [[0, 2], [1, 3]]
+    """
+    beginnings, groups = [tuple(p[:beginning]) for p in prompts], {}
+    for i, start in enumerate(beginnings):
+        groups.setdefault(start if beginnings.count(start) > 1 else (), []).append(i)
+    return list(groups.values())
 
 
 # ---------------------------------------------------------------------------------- the optimizer

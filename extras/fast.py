@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 import model as plain
 import sdft
 from quant import block_linears
-from sdft import forward_kl, jsd, reverse_kl
+from sdft import alike, forward_kl, jsd, reverse_kl
 
 
 def attach(parts):
@@ -50,19 +50,6 @@ def score(model, prompts, completions, hidden=False):
     x = model.backbone(ids, hidden=hidden, attend=partial(attend, groups), positions=positions)
     rows = torch.cat([wanted[i] for i in range(len(prompts))]).to(model.device)
     return torch.stack([h[0, rows] for h in (x[1] if hidden else [x])])
-
-
-def alike(prompts, beginning=8):
-    """Indices of the prompts in groups: one for each beginning of 8 tokens that several share, one
-    for all the others.
-
-    >>> alike([[1, 2, 3], [7], [1, 2, 9], [8]], beginning=2)
-    [[0, 2], [1, 3]]
-    """
-    beginnings, groups = [tuple(p[:beginning]) for p in prompts], {}
-    for i, start in enumerate(beginnings):
-        groups.setdefault(start if beginnings.count(start) > 1 else (), []).append(i)
-    return list(groups.values())
 
 
 def attend(groups, q, k, v):

@@ -26,8 +26,8 @@ from model import GPT
 formats = pytest.importorskip("extras.formats")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
-from tokenizers import Regex, decoders, models, normalizers, trainers  # noqa: E402
-from tokenizers import pre_tokenizers as pre  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import pre_tokenizers as pre
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +36,6 @@ def cache(registries_stay_as_they_were, tmp_path, monkeypatch):
     monkeypatch.setenv("SDFT_CACHE", str(tmp_path / "cache"))
     formats.attach(train.PARTS)
     return tmp_path / "cache"
-
-
-def load(folder):
-    return train.PARTS["tokenizer"](folder)
 
 
 def same_logits(ours, theirs):
@@ -72,7 +68,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 def bloom():
     """Byte-level BPE with a pattern that is not one of the core's."""
-    t = tokenizers.Tokenizer(models.BPE())
+    t = Tokenizer(models.BPE())
     t.pre_tokenizer = pre.Sequence([pre.Split(Regex(BLOOM), "isolated"),
                                     pre.ByteLevel(add_prefix_space=False, use_regex=False)])
     t.decoder, alphabet = decoders.ByteLevel(), pre.ByteLevel.alphabet()
@@ -81,7 +77,7 @@ def bloom():
 
 def llama2():
     """BPE of characters with bytes to fall back on, a blank as ▁: what sentencepiece's becomes."""
-    t = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    t = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                    decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -91,7 +87,7 @@ def llama2():
 
 def unigram():
     """Unigram with Metaspace, as T5's."""
-    t = tokenizers.Tokenizer(models.Unigram())
+    t = Tokenizer(models.Unigram())
     t.normalizer, t.pre_tokenizer = normalizers.NFKC(), pre.Metaspace()
     t.decoder = decoders.Metaspace()
     return t, trainers.UnigramTrainer(special_tokens=SPECIAL, vocab_size=600, unk_token="<unk>")
@@ -117,7 +113,7 @@ def test_ids_texts_and_chats_are_transformers_where_the_core_refuses(pair):
     (theirs, folder), draw, n = pair, random.Random(0), 0
     with pytest.raises(ValueError, match="--with formats"):
         data.load_tokenizer(folder)
-    ours, words = load(folder), [*WORLD.split(" "), *SPECIAL, " ", "  ", "\n", "\r\n", "\t", "a"]
+    ours, words = train.PARTS["tokenizer"](folder), [*WORLD.split(" "), *SPECIAL, " ", "  ", "\n", "\r\n", "\t", "a"]
     texts = [*draw.choices(DOCUMENTS, k=50), CODE, "", " ", "a<|im_end|> b"]
     texts += ["".join(draw.choices(words, k=draw.randint(1, 30))) for _ in range(300)]
     for text in texts:
@@ -382,18 +378,15 @@ def test_a_name_is_looked_for_in_the_local_cache_then_fetched(tmp_path, monkeypa
         return str(tmp_path / "half" if repo == "org/half" and local_files_only else there)
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    for name, found in {
-            "org/known": [("org/known", None, True)],
-            "org/new@v1": [("org/new", "v1", True), ("org/new", "v1", False)],
-            "org/half": [("org/half", None, True), ("org/half", None, False)]}.items():
-        asked.clear()
-        assert model.resolve(name) == there and asked == found
+    assert {model.resolve(name) for name in ("org/known", "org/new@v1", "org/half")} == {there}
+    assert asked == [("org/known", None, True), ("org/new", "v1", True), ("org/new", "v1", False),
+                     ("org/half", None, True), ("org/half", None, False)]
     message = r"^there is no folder org/none@v2[^\n]*\(no network\)[^\n]*hf download org/none --rev"
     with pytest.raises(FileNotFoundError, match=message):
         model.resolve("org/none@v2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for name in ("org/known", "nowhere", "nowhere.gguf", "/no/such", "a/b/c", "../no", "org/x y"):
-        with pytest.raises(FileNotFoundError, match="pip install hugging" * (name == "org/known")):
+        with pytest.raises(FileNotFoundError, match="^[^\n]*$"):
             model.resolve(name)
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "org" / "known")
@@ -404,57 +397,52 @@ def test_a_name_is_looked_for_in_the_local_cache_then_fetched(tmp_path, monkeypa
 
 ARC = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
 ONE = {**ARC, "label": ["1", "2", "3"]}
-CONTEXTS = {"contexts": ["It is", "It was"], "continuation": " so.", "answer": 1}
-TALKS = [  # a row; its prompt, response, system message and earlier turns
-    ({"messages": [SYSTEM, USER, SAID, AGAIN, LAST]}, "Two?", "2", "Be brief.", [USER, SAID]),
-    ({"prompt": "One?", "messages": [USER, SAID]}, "One?", "1"),
-    ({"prompt": "One?", "response": "1", "system": "Be brief."}, "One?", "1", "Be brief."),
-    ({"prompt": [SYSTEM, USER], "response": "1"}, "One?", "1", "Be brief."),
-    ({"prompt": [USER, SAID, AGAIN], "completion": [LAST]}, "Two?", "2", "", [USER, SAID]),
-    ({"prompt": [USER], "answer": "1"}, "One?", "1"),
-    ({"prompt": "One?", "completion": "1", "label": True, "id": 7}, "One?", "1"),
-    ({"question": "One?", "answer": "1", "context": ""}, "One?", "1"),
-    ({"question": "One?", "response": "1"}, "One?", "1"),
-    ({"system_prompt": "Be brief.", "question": "One?", "answer": "1"}, "One?", "1", "Be brief."),
-    ({"instruction": "Add.", "input": "1 + 0", "output": "1"}, "Add.\n\n1 + 0", "1"),
-    ({"instruction": "Add.", "input": "", "output": "1"}, "Add.", "1")]
-CHOICES = [  # a row, and which choice is right
-    ({"question": "Sky?", "choices": ARC, "answerKey": "B", "id": "Mercury_7"}, 1),
-    ({"prompt": "Sky?", "choices": ARC, "answer": "C"}, 2),
-    ({"question": "Sky?", "choices": ONE, "answerKey": "1"}, 0),
-    ({"question": "Sky?", "choices": ARC, "answer": 1}, 1),
-    ({"prompt": "Sky?", "choices": [" red", "blue ", "green"], "answer": 0}, 0)]
-TOOLS = {"prompt": "Documentation. Question: what is the weather in Oslo?", "golden_answer": [
+BOTH = {"contexts": ["It is", "It was"], "continuation": " so.", "answer": 1}
+OUTPUT = "<reasoning>A? <answer>A</answer> No.</reasoning>\n<answer> B </answer>"
+TOOLS = {"prompt": "What is the weather in Oslo?", "golden_answer": [
             {"Action": "getPlace", "Action_Input": '{"name": "Oslo"}'},
             {"Action": "getWeather", "Action_Input": '{"day": 1}'}],
          "golden_response": [
              'Thought: first the place.\nAction: getPlace\nAction Input: {"name": "Oslo"}',
              'Thought: then\nAction: getWeather\nAction Input: {"day": 1}']}
-
-
-def jsonl(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+BRIEF, LATER = {"system": "Be brief."}, {"prompt": "Two?", "response": "2", "earlier": [USER, SAID]}
+SKY = {"prompt": "Sky?", "choices": [("Sky?", f" {color}") for color in ARC["text"]]}
+RED, BLUE, GREEN = (SKY | {"response": color, "answer": i} for i, color in enumerate(ARC["text"]))
+FORMS = [  # a row, and what its Example has that is not prompt "One?" and response "1"
+    ({"messages": [SYSTEM, USER, SAID, AGAIN, LAST]}, BRIEF | LATER),
+    ({"prompt": "One?", "messages": [USER, SAID]}, {}), ({"prompt": [USER], "answer": "1"}, {}),
+    ({"prompt": "One?", "response": "1", "system": "Be brief."}, BRIEF),
+    ({"prompt": [SYSTEM, USER], "response": "1"}, BRIEF),
+    ({"prompt": [USER, SAID, AGAIN], "completion": [LAST]}, LATER),
+    ({"prompt": "One?", "completion": "1", "label": True, "id": 7}, {}),
+    ({"question": "One?", "answer": "1", "context": ""}, {}),
+    ({"question": "One?", "response": "1", "system_prompt": "Be brief."}, BRIEF),
+    ({"instruction": "Add.", "input": "1 + 0", "output": "1"}, {"prompt": "Add.\n\n1 + 0"}),
+    ({"instruction": "Add.", "input": "", "output": "1"}, {"prompt": "Add."}),
+    ({"question": "Sky?", "choices": ARC, "answerKey": "B", "id": "Mercury_7"}, BLUE),
+    ({"prompt": "Sky?", "choices": ARC, "answer": "C"}, GREEN),
+    ({"question": "Sky?", "choices": ONE, "answerKey": "1"}, RED),
+    ({"question": "Sky?", "choices": ARC, "answer": 1}, BLUE),
+    ({"prompt": "Sky?", "choices": [" red", "blue ", "green"], "answer": 0}, RED),
+    (BOTH, {"prompt": "It was", "response": "so.", "answer": 1,
+            "choices": [("It is", " so."), ("It was", " so.")]}),
+    ({"messages": [SYSTEM, USER], "output_text": OUTPUT}, BRIEF | {"response": OUTPUT}),
+    ({"prompt": [SYSTEM, USER], "answer": "B"}, BRIEF | {"response": ""}),
+    ({"prompt": [SYSTEM, USER], "answer": "Bees"}, BRIEF | {"response": "Bees"})]
 
 
 def only(tmp_path, *rows):
     """The Examples of a file of these rows, all of it measured."""
-    return load_task(jsonl(tmp_path / "rows.jsonl", *rows), measured_only=True).eval["all"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_task(tmp_path / "rows.jsonl", measured_only=True).eval["all"]
 
 
 def test_rows_are_read_in_every_form(tmp_path):
-    for row, prompt, response, *more in TALKS:
-        (e,), (system, earlier) = only(tmp_path, row), [*more, "", []][:2] if len(more) < 2 else more
-        assert (e.prompt, e.response, e.where) == (prompt, response, f"{tmp_path}/rows.jsonl:1")
-        assert (e.system, e.earlier) == (system, earlier or []), row
-        assert e.check(response) and not e.check("another") and e.chat and not e.choices
-    for row, right in CHOICES:
+    for row, expected in FORMS:
         e, = only(tmp_path, row)
-        assert e.choices == [("Sky?", " red"), ("Sky?", " blue"), ("Sky?", " green")]
-        assert (e.prompt, e.answer, e.response) == ("Sky?", right, ARC["text"][right])
-    e, = only(tmp_path, CONTEXTS)
-    assert e.choices == [("It is", " so."), ("It was", " so.")]
-    assert (e.prompt, e.answer, e.response) == ("It was", 1, "so.")
+        expected = data.Example("One?", "1", e.check).__dict__ | expected
+        assert e.__dict__ == expected | {"where": f"{tmp_path}/rows.jsonl:1"}, row
+        assert e.choices or not e.response or e.check(e.response) and not e.check("another")
     same = {"question": "One?", "answer": "1"}
     assert len(only(tmp_path, same, {**same, "id": 8}, {**same, "question": "Two?"})) == 2
 
@@ -463,15 +451,13 @@ def test_rows_are_read_in_every_form(tmp_path):
     {"question": "a", "answer": 5}, {"instruction": "", "output": "b"}, {"prompt": "a"},
     {"question": "a", "answer": "b", "context": "c"}, {"prompt": [USER, SAID], "response": "b"},
     {"question": "a", "options": ["b", "c"], "answer": "B"}, {"prompt": [], "response": "b"},
-    {"prompt": "a", "completion": "b", "label": False}, {"query": "a", "target": "b"},
-    {"prompt": [USER], "completion": [LAST, LAST]}, {"prompt": [USER], "completion": [AGAIN]},
-    {"question": "a", "choices": ARC, "answerKey": "E"}, {**CONTEXTS, "answer": True},
-    {"question": "a", "choices": ONE, "answer": 1}, {**CONTEXTS, "contexts": ["a", "a"]},
+    {"prompt": "a", "completion": "b", "label": False}, {"prompt": [USER], "completion": [AGAIN]},
+    {"question": "a", "choices": ARC, "answerKey": "E"}, {**BOTH, "answer": True},
+    {"question": "a", "choices": ONE, "answer": 1}, {**BOTH, "contexts": ["a", "a"]},
     {"question": "a", "choices": {**ARC, "label": ["A", "B", "A"]}, "answerKey": "A"},
-    {"question": "a", "choices": {**ARC, "label": ["A", "B"]}, "answerKey": "A"},
     {"question": "a", "choices": {"label": ["A", "B"]}, "answerKey": "A"},
-    {"messages": [USER], "output_text": "B"}, {"messages": [USER, SAID], "output_text": "B"},
-    {**CONTEXTS, "answer": 2}, {**CONTEXTS, "continuation": " "}, {**TOOLS, "golden_answer": "f"},
+    {"messages": [USER], "output_text": "B"}, {"messages": [USER, SAID], "output_text": OUTPUT},
+    {**BOTH, "answer": 2}, {**BOTH, "continuation": " "}, {**TOOLS, "golden_answer": "f"},
     {**TOOLS, "golden_answer": [{"Action": "f"}]}, {**TOOLS, "golden_response": [5]}], ids=str)
 def test_a_row_of_no_form_is_refused_by_file_and_line(row, tmp_path):
     with pytest.raises(ValueError, match=f"^{tmp_path}/rows.jsonl:2: [^\n]*$"):
@@ -483,25 +469,23 @@ LINES = "\n".join(map(json.dumps, GOOD))
 
 
 def test_rows_are_lines_or_an_array(tmp_path):
-    lines = load_task(jsonl(tmp_path / "lines.jsonl", *GOOD))
     for name, text in (("a.json", json.dumps(GOOD)), ("a.json", json.dumps(GOOD, indent=2)),
                        ("a.json", LINES), ("a.json", json.dumps({"data": GOOD, "v": 1})),
                        ("a.ndjson", LINES), ("a.JSON", "\ufeff" + json.dumps(GOOD))):
         (tmp_path / name).write_bytes(text.encode())
-        task = load_task(tmp_path / name)
-        assert len(task.train) == 8
-        for ours, theirs in ((task.train, lines.train), (*task.eval.values(), *lines.eval.values())):
-            assert [e.prompt for e in ours] == [e.prompt for e in theirs]
+        examples = load_task(tmp_path / name, measured_only=True).eval["all"]
+        assert examples == [data.Example(row["question"], "The same.", e.check)
+                            for row, e in zip(GOOD, examples)] and len(examples) == 10
 
 
 @pytest.mark.parametrize("text, says", [
-    (json.dumps([*GOOD, {"prompt": "a", "response": 5}]), ": element 11: "), ("[]", ""),
+    (json.dumps([*GOOD, {"prompt": "a", "response": 5}]), ": element 11: "), ("[]", "a.json"),
     (json.dumps({"data": [*GOOD, 3]}), ": element 11: "), ('[\n{"prompt": "a",\n}]', "line 3"),
     (json.dumps({"train": GOOD, "test": GOOD}), "test, train"), ("{\n", ":1: not a line of JSON"),
     ('[{"prompt": ' + "[" * 100_000, "not JSON")])
 def test_an_array_is_refused_with_its_element(text, says, tmp_path):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=f"^{tmp_path}/a.json[^\n]*{says}[^\n]*$"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/[^\n]*{says}[^\n]*$"):
         load_task(tmp_path / "a.json")
 
 
@@ -513,28 +497,20 @@ def test_tools_are_graded_by_their_calls(tmp_path):
                    'Action Input: {"name":  "Oslo"} and so on'), "in any order"
     assert e.check('Action: getPlace\nAction Input: {"day": 1, "name": "Oslo"}\n'
                    "Action: getWeather\nAction Input: {broken"), "inputs are merged if they parse"
-    wrong = [
-        "", TOOLS["golden_response"][0], e.response + "\nAction: getPlace",
-        e.response.replace("getPlace", "getPlaces"), e.response.replace("Oslo", "Bergen"),
-        e.response.replace("1}", '"1"}'), e.response.replace("Action:", "action:"),
-        e.response.replace("getPlace", "getWeather"), e.response + '\nAction Input: {"more": 1}',
-        'Action: f\nAction Input: {"a": ' + "[" * 100_000]
-    assert not any(map(e.check, wrong))
+    for old, new in (("getPlace", "getPlaces"), ("Oslo", "Bergen"), ("1}", '"1"}'),
+                     ("Action:", "action:"), ("getPlace", "getWeather")):
+        assert not e.check(e.response.replace(old, new))
+    for wrong in ("", TOOLS["golden_response"][0], e.response + "\nAction: getPlace",
+                  e.response + '\nAction Input: {"more": 1}', 'Action Input: {"a":' + "[" * 99_999):
+        assert not e.check(wrong)
     same = [{"Action": "list", "Action_Input": x} for x in ("", "no JSON")]
     e, = only(tmp_path, {**TOOLS, "golden_answer": same})
     assert e.check("Action: list\nAction: list") and not e.check("Action: list")
 
 
 def test_science_is_graded_by_the_last_answer(tmp_path):
-    output = "<reasoning>A? <answer>A</answer> No.</reasoning>\n<answer> B </answer>"
-    shown, measured, other = only(
-        tmp_path, {"messages": [SYSTEM, USER], "output_text": output},
-        {"prompt": [SYSTEM, USER], "answer": "B"}, {"prompt": [SYSTEM, USER], "answer": "Bees"})
-    for e, response in ((shown, output), (measured, ""), (other, "Bees")):
-        assert (e.prompt, e.response, e.system) == ("One?", response, "Be brief.")
-    assert other.check("bees.")
-    for e in (shown, measured):
-        assert e.check(output) and e.check("<answer>A</answer><answer>\nB\n</answer> or A")
-        wrong = ["B", "", "<answer>B", "<answer>b</answer>", "<answer>B.</answer>",
-                 "<answer>B</answer><answer>C</answer>", "<answer>A, B</answer>", "B</answer>"]
-        assert not any(map(e.check, wrong))
+    for e in only(tmp_path, *(row for row, _ in FORMS[-3:-1])):
+        assert e.check(OUTPUT) and e.check("<answer>A</answer><answer>\nB\n</answer> or A")
+        for wrong in ("B", "", "<answer>B", "<answer>b</answer>", "<answer>B.</answer>", "B</answer>",
+                      "<answer>B</answer><answer>C</answer>", "<answer>A, B</answer>"):
+            assert not e.check(wrong)

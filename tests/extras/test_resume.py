@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # each fork would import it again, in seconds
 from conftest import launch, make_folder
 
 import train
@@ -37,7 +38,9 @@ def usual(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def signals_are_put_back():
+def signals_are_put_back(monkeypatch):
+    """And no picture is drawn."""
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda *_: None)
     before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     yield
     for which, handler in before.items():

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch._dynamo  # each fork would import it again, in seconds
 from conftest import launch, launch_two, make_folder
 
 import sdft
@@ -32,8 +33,10 @@ def usual(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def torchrun_keeps_the_store(monkeypatch):
+def quick(monkeypatch):
+    """Torchrun keeps the store of the processes, and no picture is drawn."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda *_: None)
 
 
 def run(start, out, *more):
@@ -129,20 +132,22 @@ def test_two_processes_that_are_broken_off_go_on_to_the_same_end(shard, usual, t
     whole, broken, draw = tmp_path / "whole", tmp_path / "broken", random.Random(len(shard))
     options = *usual, "--with", "resume", "--save-every", "2", "--steps", "9", *shard
     assert run(launch_two, whole, *options)[0] == [0, 0]
+    lines = broken / "metrics.jsonl"
     for end in ("terminate", "kill"):
+        lines.unlink(missing_ok=True)
         both = launch_two([*QUICK, "--out", broken, *options], tmp_path / "log")
-        steps, until = draw.randint(2, 4), time.monotonic() + 60
-        while time.monotonic() < until and (not (broken / "metrics.jsonl").exists() or (
-                broken / "metrics.jsonl").read_text().count("\n") < steps):
+        steps, until = draw.randint(2, 7), time.monotonic() + 60
+        while time.monotonic() < until and not (
+                lines.exists() and lines.read_text().count("\n") >= steps):
             time.sleep(0.02)
         getattr(both[1], end)()
         for process in both:
             process.join(60)
         assert both[0].exitcode == 1 and (broken / ".sdft-resume").exists()
     assert run(launch_two, broken, *options)[0] == [0, 0]
-    lines, right = ([json.loads(line) | {"seconds": 0} for line in
+    found, right = ([json.loads(line) | {"seconds": 0} for line in
                      (out / "metrics.jsonl").read_text().splitlines()] for out in (broken, whole))
-    assert lines == right
+    assert found == right
     weights = [(out / "student" / "model.safetensors").read_bytes() for out in (broken, whole)]
     assert weights[0] == weights[1] and not os.path.exists(broken / ".sdft-resume")
 

@@ -3,9 +3,8 @@
     python train.py --with resume        # after an interruption: the same command once more
 
 A finished stage is not done again. A training saves its state every --save-every steps, and when
-Ctrl-C or SIGTERM asks for an end, after the step. Data, teachers and damage are made again. Until
-the run is finished, --out/.sdft-resume/ holds run.pt (what tells this run from others), 00.pt …
-(the finished stages in their order) and middle-0.pt (a training of process 0 between two steps).
+Ctrl-C or SIGTERM asks for an end. Until the run is finished, --out/.sdft-resume/ holds run.pt (what
+tells it from other runs), 00.pt … (its finished stages) and middle-0.pt (process 0's training).
 """
 import contextlib
 import os
@@ -22,8 +21,6 @@ import train
 from model import GPT, GPTConfig
 
 OPTIONS = {"save_every": (21, "steps between two saves of a training; 0: only finished stages")}
-FREE = "out", "save_every", "device"                  # options that tell no run from another
-BEST = "steps", "checks", "kept", "ended", "weights"  # what KeepBest knows
 
 
 class Resume:
@@ -40,11 +37,11 @@ class Resume:
 
     def begin(self, c, facts):
         """ValueError, before anything is changed, if the state there is another run's."""
-        this = {f"--{name.replace('_', '-')}": x for name, x in vars(c).items() if name not in FREE}
-        modules = {getattr(x, "__module__", "") for x in self.before.values()}
-        this |= {**facts, "--with": sorted(name for name in modules if name.startswith("extras")),
-                 "--device": c.device.split(":")[0], "processes": self.parts["processes"]}
-        this, path = {name: repr(x) for name, x in this.items()}, self.folder / "run.pt"
+        this = {**facts, **vars(c), "device": c.device.split(":")[0],
+                "processes": self.parts["processes"],
+                "with": sorted({x.__module__ for x in self.before.values() if callable(x)})}
+        free, path = ("out", "save_every", "weights_rms"), self.folder / "run.pt"
+        this = {name: repr(x) for name, x in this.items() if name not in free}
         then = read(path) if path.exists() else this
         differ = [name for name in sorted(this | then) if this.get(name) != then.get(name)]
         train.require(not differ, f"{c.out} holds an unfinished run with other {', '.join(differ)}:"
@@ -56,12 +53,23 @@ class Resume:
         """What make() gave in an earlier process of this run, or gives now."""
         path, self.stages = self.folder / f"{self.stages:02}.pt", self.stages + 1
         if path.exists():
-            return rebuilt(read(path), self.config.device)
+            state = read(path)
+            if "weights" not in state:
+                return state["asked"] if "asked" in state else train.Measurement(**state)
+            with torch.device("meta"):
+                student = GPT(GPTConfig(**state["config"]))
+            student.load_state_dict(state["weights"], assign=True)
+            return student.requires_grad_(False).eval().to(self.config.device), state["memory"]
         try:
             made = make()
         finally:
             self.in_training = False
-        self.save(path, plain(made))
+        if isinstance(made, tuple):
+            student, memory = made
+            self.save(path, {"config": vars(student.config), "weights": dict(student.state_dict()),
+                             "memory": memory | {"state_dict": None}})
+        else:
+            self.save(path, {"asked": made} if isinstance(made, dict) else vars(made))
         if self.asked:
             raise KeyboardInterrupt(self.how)
         return made
@@ -78,7 +86,8 @@ class Resume:
                 p.copy_(saved)
             memory.update(state["memory"])
             generator.set_state(state["generator"])
-            vars(best or self).update(state["best"])
+            if best:
+                vars(best).update(state["best"])
             for line in memory["lines"]:
                 self.parts["log"](self.config, line)
         self.in_training = True
@@ -90,9 +99,9 @@ class Resume:
             if asked or every > 0 and memory["step"] % every == 0:
                 known = memory | {"state_dict": None, "optimizer": memory["state_dict"](),
                                   "seconds": memory.get("seconds", 0) + time.time() - began}
+                noted = {x: y for x, y in vars(best).items() if not callable(y)} if best else {}
                 self.save(path, {"name": name, "parameters": parameters, "memory": known,
-                                 "generator": generator.get_state(),
-                                 "best": {x: vars(best)[x] for x in BEST if best}})
+                                 "generator": generator.get_state(), "best": noted})
             if asked:
                 raise KeyboardInterrupt(self.how)
         return save_and_stop
@@ -101,7 +110,7 @@ class Resume:
         """Write the results; then nobody needs the state any more."""
         self.before["write"](c, results, trained, students)
         for path in sorted(self.folder.glob("*")):  # run.pt goes last
-            if re.fullmatch(r"(\d\d|middle-\d+|run)\.(pt|part)", path.name):
+            if re.fullmatch(r"(\d+|middle-\d+|run)\.(pt|part)", path.name):
                 path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a file of somebody else's is in there
             self.folder.rmdir()
@@ -127,36 +136,15 @@ class Resume:
         except (OSError, RuntimeError) as error:
             why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             print(f"\n{path} could not be saved ({why}); the run goes on", file=sys.stderr)
-        finally:
             part.unlink(missing_ok=True)
 
 
 attach = Resume
 
 
-def plain(made):
-    """What a stage made, as a dictionary of tensors, numbers and texts."""
-    if isinstance(made, tuple):
-        student, memory = made
-        return {"config": vars(student.config), "weights": dict(student.state_dict()),
-                "memory": memory | {"state_dict": None}}
-    return {"found": made} if isinstance(made, dict) else {"measured": vars(made)}
-
-
-def rebuilt(state, device):
-    """The inverse of `plain`."""
-    if "weights" not in state:
-        return state["found"] if "found" in state else train.Measurement(**state["measured"])
-    with torch.device("meta"):
-        student = GPT(GPTConfig(**state["config"]))
-    student.load_state_dict(state["weights"], assign=True)
-    return student.requires_grad_(False).eval().to(device), state["memory"]
-
-
 def read(path):
     """What `save` wrote; ValueError for all else."""
     with contextlib.suppress(Exception):  # torch raises errors of many kinds
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and not zipfile.ZipFile(path).testzip():
-            return state
+        if not zipfile.ZipFile(path).testzip():
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     raise ValueError(f"{path} is damaged: delete {path.parent}, and this run begins anew")

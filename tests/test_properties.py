@@ -6,7 +6,6 @@ PROPERTIES=1000 in the environment is the long form: so many examples of each, h
 import json
 import math
 import os
-import random
 import tempfile
 import unicodedata
 from functools import cache, partial
@@ -15,32 +14,26 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import GPT2, QWEN2, QWEN3, SMOLLM3, make_folder, slopes, squared_distance, tiny
-from hypothesis import HealthCheck, assume, example, given, settings
+from conftest import GPT2, QWEN2, QWEN3, SMOLLM3, slopes, squared_distance, tiny
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_tokenizer import PRE_TOKENIZERS, SPECIAL, train, write
 from torch import nn
 
 import data
-import fast
+import extras.fast as fast
 import model as plain
-import resume
 import sdft
 from cka import KINDS, between_layers, linear_cka, rbf_cka, sample_level, token_level
 from model import GPT, GPTConfig
 from prune import prune_
 from quant import (
-    FP4_BLOCK,
     NF4_CODE,
     bake_,
-    fake_mxfp4,
     fake_nf4,
-    fake_nvfp4,
     fake_quantize,
     quantize_,
     quantize_int,
 )
-from tokenizer import load_tokenizer
 
 EXAMPLES = int(os.environ.get("PROPERTIES", 12))
 
@@ -82,8 +75,7 @@ def weights(draw):
 
 integers = st.fixed_dictionaries({"bits": st.integers(2, 8), "symmetric": st.booleans(),
                                   "group_size": st.sampled_from([None, 4, 16])})
-GRIDS = {"nf4": fake_nf4, "nf4 double": partial(fake_nf4, double=True), "mxfp4": fake_mxfp4,
-         "nvfp4": fake_nvfp4}
+GRIDS = {"nf4": fake_nf4}
 grids = st.one_of(st.sampled_from(list(GRIDS.values())), integers.map(
     lambda how: partial(fake_quantize, **how)))
 
@@ -136,33 +128,6 @@ def test_nf4_takes_the_nearest_of_its_values_and_leaves_what_lies_on_it(w):
 
 
 @examples(6)
-@given(weights())
-def test_mxfp4_errs_by_a_quarter_of_a_weight_or_of_its_scale_and_leaves_what_lies_on_it(w):
-    """Of 8 X, which is clipped to 6 X, it is a quarter of the weight; below X/2 half a step."""
-    blocks = in_groups(w, FP4_BLOCK["mxfp4"])
-    scale = 2 ** (blocks.abs().amax(1, keepdim=True).clamp(min=2.0 ** -125).log2().floor() - 2)
-    error = (in_groups(fake_mxfp4(w), 32) - blocks).abs()
-    assert (error <= torch.maximum(scale, blocks.abs()) / 4).all()
-    assert torch.equal(fake_mxfp4(fake_mxfp4(w)), fake_mxfp4(w))
-
-
-@examples(6)
-@given(weights())
-def test_nvfp4_errs_by_a_fifth_of_a_weight_or_a_quarter_of_its_scale(w):
-    """Of 5 s, which becomes 4 s, it is a fifth. s is amax / 6, rounded by a sixteenth, and at least
-    2^-6 of the tensor's. On the grid a weight stays, but for the last digits of the tensor's scale.
-    """
-    blocks = in_groups(w, FP4_BLOCK["nvfp4"])
-    amax = blocks.abs().amax(1, keepdim=True)
-    of_tensor = (amax.max() / (6 * 448)).clamp(min=2.0 ** -121)
-    scale = torch.maximum(amax / 6 * (1 + 1 / 16), of_tensor / 64)
-    w_hat = fake_nvfp4(w)
-    error = (in_groups(w_hat, 16) - blocks).abs()
-    assert (error <= torch.maximum(scale / 4, blocks.abs() / 5) * (1 + 1e-6)).all()
-    torch.testing.assert_close(fake_nvfp4(w_hat), w_hat, rtol=3e-7, atol=0)
-
-
-@examples(6)
 @given(weights(), grids)
 def test_zero_stays_zero_on_every_grid(w, grid):
     assert (grid(w)[w == 0] == 0).all() and grid(w).isfinite().all()
@@ -175,7 +140,7 @@ MASKS = {"magnitude": dict(method="magnitude", sparsity=0.4),
 
 @examples(2)
 @given(weights(), st.sampled_from(list(MASKS.values())), seeds, st.booleans(),
-       st.sampled_from(["int2", "int3", "int4", "int8", "nf4", "mxfp4", "nvfp4"]))
+       st.sampled_from(["int2", "int3", "int4", "int8", "nf4"]))
 def test_what_is_pruned_and_then_quantized_keeps_its_zeros(w, mask, seed, symmetric, scheme):
     """Also after steps of an optimizer that remembers gradients from before, and baked."""
     layer = nn.Linear(32, len(w), bias=False)
@@ -322,22 +287,6 @@ def test_the_gradient_of_every_loss_is_its_slope(logits, beta, draw):
                                             s.clone().requires_grad_())
 
 
-@examples(2)
-@given(two_logits(5.0), st.sampled_from(list(fast.GRADIENTS)))
-def test_the_gradient_of_every_loss_that_was_worked_out_by_hand_is_its_slope(logits, loss):
-    """Of fast.py: by central differences, in float64, of its own values."""
-    def of(x):
-        log_s, log_t = x.log_softmax(-1), t.log_softmax(-1)
-        return fast.GRADIENTS[loss](log_s, log_t, torch.empty_like(x))
-    s, t = (x.double() for x in logits)
-    slope, found = of(s)[2], torch.empty_like(s)
-    for v in range(s.size(1)):
-        step = torch.zeros_like(s)
-        step[:, v] = 1e-5
-        found[:, v] = (of(s + step)[0] - of(s - step)[0]) / 2e-5
-    torch.testing.assert_close(slope, found, rtol=1e-5, atol=1e-8)
-
-
 @examples()
 @given(seeds, st.integers(5, 7), sizes, sizes, st.sampled_from(ESTIMATORS))
 def test_the_gradient_of_cka_is_its_slope(seed, n, d1, d2, cka):
@@ -405,15 +354,6 @@ def test_scores_are_those_of_each_row_alone_plain_and_fast(name, prompts, draw):
                                    atol=1e-9)
 
 
-@examples(2)
-@given(names, a_batch, sampling, st.integers(1, 6), st.integers(1, 4))
-def test_fast_answers_are_the_plain_ones(name, prompts, how, n, batch_size):
-    model = model_of(name, torch.float32)
-    ours, theirs = (generated(model, prompts, how, n, batch_size, generate=generate)
-                    for generate in (fast.generate, plain.generate))
-    assert ours == theirs
-
-
 @examples(4)
 @given(names, seeds, st.integers(1, 12), st.integers(0, 9), st.integers(1, 14),
        st.sampled_from([(64, 64), (64, 80), (80, 64)]),
@@ -434,36 +374,6 @@ def test_backward_in_chunks_is_autograd_of_the_whole_loss(name, seed, n, others,
         found = slopes(backward, loss, student, s, teacher, t, n + others, chunk=chunk)
         for ours, expected in zip(found, (values, leaf.grad, w.grad)):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
-
-
-# --------------------------------------------------------------------------------------- tokenizers
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    """[(Hugging Face's, ours)] of byte-level tokenizers that normalize nothing."""
-    found = []
-    for kind in (kind for kind in PRE_TOKENIZERS if kind != "qwen2"):
-        folder = tmp_path_factory.mktemp(kind)
-        found.append((write(train(kind), folder), load_tokenizer(folder)))
-    folder = make_folder(tmp_path_factory.mktemp("bytes"))
-    return [*found, (None, load_tokenizer(folder))]
-
-
-fragments = st.sampled_from([*SPECIAL, "<|im_", " ", "  ", "\n", "\r\n", "'s", "'LL", "123",
-                             "e\u0301", "\u200d", "\ufeff", "\x85", "的", "The atomic number"])
-
-
-@examples(6)
-@given(st.lists(st.one_of(st.text(max_size=20), fragments), max_size=8).map("".join))
-def test_a_text_comes_back_from_its_ids_which_are_hugging_faces(tokenizers, text):
-    for theirs, ours in tokenizers:
-        ids = ours.encode(text)
-        assert ours.decode(ids, keep_special=True) == text
-        if theirs:
-            assert ids == theirs.encode(text, add_special_tokens=False).ids
-        for token in SPECIAL:
-            text = text.replace(token, "")
-        assert ours.decode(ours.encode(text)) == text
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -510,42 +420,6 @@ def test_a_models_folder_is_read_as_it_was_written(config, seed, dtype):
         found.save_pretrained(folder / "two")
         for name in ("config.json", "model.safetensors"):
             assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
-
-
-@st.composite
-def tensors(draw):
-    """Of any shape and any type that a run's state has; every other one is a transposed view."""
-    shape = draw(st.lists(st.integers(0, 3), max_size=3))
-    t = (50 * normal(draw(seeds), *shape)).to(draw(st.sampled_from(list(resume.DTYPES))))
-    return t.mT if t.dim() > 1 and draw(st.booleans()) else t
-
-
-texts = st.one_of(st.text(max_size=5), st.sampled_from(["tensor", "0", "__metadata__", "state"]))
-leaves = st.one_of(st.none(), st.booleans(), st.integers(-2 ** 70, 2 ** 70),
-                   st.floats(allow_nan=False), texts, tensors())
-states = st.dictionaries(texts, st.recursive(leaves, lambda inner: st.one_of(
-    st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)), max_leaves=8),
-    max_size=4)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
-@examples(6)
-@given(states)
-@example({"asked": {"tensor": {"healthy": 0.5}}})  # of a teacher in a folder of this name
-@example({"asked": {"tensor": "0"}, "t": torch.ones(2)})
-def test_a_runs_state_is_read_as_it_was_written(state):
-    with tempfile.TemporaryDirectory() as folder:
-        resume.write(Path(folder) / "state.safetensors", state)
-        assert same(state, resume.read(Path(folder) / "state.safetensors"))
 
 
 # ------------------------------------------------------------------------------- the split of rows
@@ -618,21 +492,3 @@ def test_no_question_stands_on_both_sides_of_a_split(found):
         none_on_both_sides(key_of, rest.train, watched)
 
 
-@examples(4)
-@given(st.lists(st.tuples(questions, seeds), min_size=2, max_size=16))
-def test_no_prompt_of_multiple_choice_stands_on_both_sides(asked):
-    """Whatever its choices are, and in which order."""
-    rows = []
-    for n, (question, seed) in enumerate(asked):
-        choices = random.Random(seed).sample(["one", "two", "three", f"four {n}"], 3)
-        rows.append({"prompt": WORDS[question], "choices": choices, "answer": seed % 3})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.json"
-        path.write_text(json.dumps(rows), encoding="utf-8")
-        if len({question for question, _ in asked}) == 1:
-            with pytest.raises(ValueError, match="one question cannot be both"):
-                data.load_task(path)
-            return
-        task = data.load_task(path)
-    train, held_out = ({e.prompt for e in side} for side in (task.train, task.eval["held_out"]))
-    assert train and held_out and not train & held_out

@@ -9,7 +9,6 @@ from conftest import GPT2, QWEN3, tiny
 from transformers import AutoModelForCausalLM
 
 import prune
-from damage import check_groups, damage_
 from model import GPT, GPTConfig
 from quant import (
     add_lora_,
@@ -21,7 +20,7 @@ from quant import (
     nf4_quantize,
     quantize_,
 )
-from train import Config
+from train import Config, degrade_, multiple_of_groups
 
 IDS = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0))
 
@@ -255,16 +254,13 @@ def test_neurons_kept_fit_the_groups_of_what_comes_after():
 
 def test_damages_that_follow_one_another_fit():
     config = GPTConfig(d_model=64, d_ff=100, n_head=4, n_kv_head=2, head_dim=16)
-    fitting = {"ffn10": 1, "ffn10,nf4": 1, "ffn,wanda2:4,nf4": 4, "ffn,wanda2:4,int4": 16,
-               "ffn,nvfp4": 16, "ffn10,mxfp4": 32}
+    fitting = {"ffn10": 1, "ffn10,nf4": 1, "ffn,wanda2:4,nf4": 4, "ffn,wanda2:4,int4": 16}
     for schemes, multiple in fitting.items():
-        assert check_groups(config, Config(degrade=schemes, group_size=16)) == multiple
-    with pytest.raises(ValueError, match="group_size 16 does not divide the 100 inputs"):
-        check_groups(config, Config(degrade="int4", group_size=16))
-    with pytest.raises(ValueError, match="mxfp4: its blocks of 32 do not divide the 100 inputs"):
-        check_groups(config, Config(degrade="mxfp4"))
+        assert multiple_of_groups(Config(degrade=schemes, group_size=16), config) == multiple
+    with pytest.raises(ValueError, match="groups of 16 .* do not divide the 100 inputs"):
+        multiple_of_groups(Config(degrade="int4", group_size=16), config)
     model = tiny(vocab_size=16, n_layer=1, d_ff=100, context_length=8)
-    done = damage_(model, Config(degrade="ffn10,wanda2:4,int4", group_size=16), [[1, 2, 3]])
+    done = degrade_(Config(degrade="ffn10,wanda2:4,int4", group_size=16), model, [[1, 2, 3]])
     down = model.layers[0].mlp.down_proj
     assert done["neurons_removed"] == 4 and down.weight.shape == (32, 96)
     assert done["weights_quantized"] == sum(m.weight.numel() for m in block_linears(model))

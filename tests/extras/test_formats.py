@@ -38,16 +38,21 @@ def cache(registries_stay_as_they_were, tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def same_logits(ours, theirs):
-    """Two models, each ours or transformers', compute the same."""
+def load(folder):
+    return train.PARTS["tokenizer"](folder)
+
+
+def read(path):
+    return GPT.from_pretrained(model.resolve(path))
+
+
+def of_transformers(folder, ours):
+    """transformers' model in a folder, which computes what ours does."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(0, 260, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        a, b = (getattr(y, "logits", y) for y in (ours(ids), theirs(ids)))
-    assert (a - b).abs().max() < 1e-4 * b.abs().max()
-
-
-def of_transformers(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    return theirs
 
 
 # ------------------------------------------------------------------------------------- tokenizers
@@ -59,8 +64,7 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n
             "{% endif %}")
 WORLD = ("naïve café Привет мир 你好,世界。今日は東京です 한국어 שלום مرحبا ١٢٣ ½ Ⅷ x² e\u0301 Å ﬁ "
          "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \ufeff\u200b \x00\x1f")
-CODE = Path(argparse.__file__).read_text()
-DOCUMENTS = list(pydoc_data.topics.topics.values())
+CODE, DOCUMENTS = Path(argparse.__file__).read_text(), [*pydoc_data.topics.topics.values()]
 USER, SAID = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}
 AGAIN, LAST = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -102,8 +106,7 @@ def pair(request, tmp_path_factory):
     t.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=t, bos_token="<s>", eos_token="<|im_end|>", unk_token="<unk>",
-        chat_template=TEMPLATE)
+        tokenizer_object=t, bos_token="<s>", eos_token="<|im_end|>", chat_template=TEMPLATE)
     theirs.save_pretrained(folder)
     return theirs, folder
 
@@ -113,10 +116,9 @@ def test_ids_texts_and_chats_are_transformers_where_the_core_refuses(pair):
     (theirs, folder), draw, n = pair, random.Random(0), 0
     with pytest.raises(ValueError, match="--with formats"):
         data.load_tokenizer(folder)
-    ours, words = train.PARTS["tokenizer"](folder), [*WORLD.split(" "), *SPECIAL, " ", "  ", "\n", "\r\n", "\t", "a"]
-    texts = [*draw.choices(DOCUMENTS, k=50), CODE, "", " ", "a<|im_end|> b"]
-    texts += ["".join(draw.choices(words, k=draw.randint(1, 30))) for _ in range(300)]
-    for text in texts:
+    ours, words = load(folder), [*WORLD.split(" "), *SPECIAL, " ", "  ", "\n", "\r\n", "\t", "a"]
+    texts = ["".join(draw.choices(words, k=draw.randint(1, 30))) for _ in range(300)]
+    for text in [*draw.choices(DOCUMENTS, k=50), CODE, "", " ", "a<|im_end|> b", *texts]:
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text) == ids, text[:200]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text[:200]
@@ -142,8 +144,7 @@ FOLDERS = [  # what the files say besides tokenizer.json
 
 @pytest.mark.parametrize("older", [{}, {"mask_token": "[M]"}])
 @pytest.mark.parametrize("config", FOLDERS)
-def test_tokens_that_other_files_name_are_added_as_transformers_adds_them(config, older, pair,
-                                                                          tmp_path):
+def test_tokens_of_the_other_files_are_added_as_transformers_does(config, older, pair, tmp_path):
     shutil.copy(pair[1] / "tokenizer.json", tmp_path)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "</s>"}))
@@ -182,59 +183,42 @@ def small(kind="llama", **changes):
     return tiny(**dict(vocab_size=300, context_length=1024) | KINDS[kind] | changes)
 
 
-def as_llama_cpp_stores(gpt, folder):
-    """{llama.cpp's name: array} of a model that is saved in the folder, as its converter does."""
-    c, stored = gpt.config, {}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.model_type.upper()], c.n_layer)
-    for key, w in load_file(folder / "model.safetensors").items():
-        if re.search(r"c_(attn|proj|fc)\.weight", key):
-            w = w.T
-        if c.model_type in ("llama", "smollm3") and re.search("[qk]_proj", key):
-            heads = w.view(-1, 2, c.head_dim // 2, *w.shape[1:])  # [heads, halves, K/2, …]
-            w = heads.transpose(1, 2).reshape(w.shape)
-        stored[names.get_name(key, (".weight", ".bias"))] = w.contiguous().numpy()
-    return stored
-
-
 def write_gguf(path, gpt, quantized="F32", tensors=None, tokenizer=None, **changes):
     """A GGUF file of a model, its matrices of type `quantized`. tensors (arrays, or pairs with
     their type), tokenizer and changes (of fields) are added; None takes a field away."""
-    c = gpt.config
-    eps = "attention.layer_norm_epsilon" if c.model_type == "gpt2" else \
-        "attention.layer_norm_rms_epsilon"
-    fields = {"block_count": c.n_layer, "context_length": c.context_length, eps: c.norm_eps,
-              "embedding_length": c.d_model, "feed_forward_length": c.d_ff,
-              "attention.head_count": c.n_head, "attention.head_count_kv": c.n_kv_head}
-    if c.model_type != "gpt2":
-        fields |= {"rope.freq_base": c.rope_theta, "rope.dimension_count": c.head_dim,
-                   "attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
+    c, folder = gpt.config, path.with_suffix(".hf")
+    rms, llama = "" if c.model_type == "gpt2" else "rms_", c.model_type in ("llama", "smollm3")
+    said = {"block_count": c.n_layer, "context_length": c.context_length,
+            "embedding_length": c.d_model, "feed_forward_length": c.d_ff,
+            "attention.head_count": c.n_head, "attention.head_count_kv": c.n_kv_head,
+            f"attention.layer_norm_{rms}epsilon": c.norm_eps, **({} if not rms else {
+                "rope.freq_base": c.rope_theta, "rope.dimension_count": c.head_dim,
+                "attention.key_length": c.head_dim, "attention.value_length": c.head_dim})}
     said = {key if key.startswith(("general.", "split.")) else f"{c.model_type}.{key}": value
-            for key, value in (fields | changes).items()}
+            for key, value in (said | changes).items()}
     tokens = {"model": "gpt2", "pre": "smollm", "tokens": TOKENS + SPARE, "merges": MERGES,
               "token_type": [3] * 3 + [1] * (len(TOKENS) - 3) + [5] * len(SPARE),
               "bos_token_id": 1, "eos_token_id": 2} | (tokenizer or {})
-    said |= {f"tokenizer.ggml.{key}": value for key, value in tokens.items()}
     writer = gguf.GGUFWriter(path, c.model_type)
     add = {bool: writer.add_bool, str: writer.add_string, list: writer.add_array,
-           float: writer.add_float32, int: writer.add_uint32}
-    for key, value in said.items():
-        if value is not None:
-            add[type(value)](key, value)
+           float: writer.add_float32, int: writer.add_uint32, type(None): lambda key, value: None}
+    for key, value in (said | {f"tokenizer.ggml.{key}": x for key, x in tokens.items()}).items():
+        add[type(value)](key, value)
     writer.add_chat_template(TEMPLATE)
-    gpt.save_pretrained(path.with_suffix(".hf"))
-    for name, w in (as_llama_cpp_stores(gpt, path.with_suffix(".hf")) | (tensors or {})).items():
+    gpt.save_pretrained(folder)
+    names, stored = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.model_type.upper()], c.n_layer), {}
+    for key, w in load_file(folder / "model.safetensors").items():  # as llama.cpp's converter does
+        w = w.T if re.search(r"c_(attn|proj|fc)\.weight", key) else w
+        if llama and re.search("[qk]_proj", key):  # [heads, halves, K/2, …]
+            w = w.view(-1, 2, c.head_dim // 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+        stored[names.get_name(key, (".weight", ".bias"))] = w.contiguous().numpy()
+    for name, w in (stored | (tensors or {})).items():
         w, kind = w if isinstance(w, tuple) else (w, quantized if w.ndim == 2 else "F32")
         kind = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(name, gguf.quantize(w, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
     return path
-
-
-def read(path):
-    return GPT.from_pretrained(model.resolve(path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,15 +229,12 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(kind, tmp_path, cache):
     assert replace(ours.config, hf={}) == replace(gpt.config, hf={})
     for name, p in gpt.named_parameters():
         assert torch.equal(ours.get_parameter(name), p), name
-    same_logits(gpt, of_transformers(folder))
+    theirs, before = of_transformers(folder, gpt), folder.stat().st_ctime_ns
     if kind in ("llama", "qwen2", "qwen3"):  # transformers has code of its own for q and k
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-        theirs = of_transformers(folder)
-        tensors = load_gguf_checkpoint(str(path), True, theirs)["tensors"]
-        theirs.load_state_dict(tensors, strict=kind == "qwen2")
-        same_logits(gpt, theirs)
-    written = folder.stat().st_ctime_ns
-    assert model.resolve(path) == folder and folder.stat().st_ctime_ns == written
+        for name, w in load_gguf_checkpoint(str(path), True, theirs)["tensors"].items():
+            assert torch.equal(theirs.get_parameter(name), w), name
+    assert model.resolve(path) == folder and folder.stat().st_ctime_ns == before
     assert [*cache.iterdir()] == [folder] and re.fullmatch("gguf-[0-9a-f]{16}", folder.name)
 
 
@@ -282,56 +263,53 @@ def test_two_quantizations_of_one_matrix_are_the_finer_of_them(tmp_path):
 
 def test_rope_scaling_of_a_gguf_file(tmp_path):
     """llama.cpp keeps what each of Llama 3's frequencies is divided by."""
-    llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
-              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    path, llama3 = tmp_path / "small.gguf", dict(
+        rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8192)
     gpt = small(rope_scaling=llama3, rope_theta=5e5, head_dim=32)
-    plain, scaled = (model.rope_frequencies(replace(gpt.config, rope_scaling=x))
-                     for x in ({}, llama3))
-    tensors = {"rope_freqs.weight": (plain / scaled).numpy()}
-    ours = read(write_gguf(tmp_path / "three.gguf", gpt, tensors=tensors))
+    plain = model.rope_frequencies(replace(gpt.config, rope_scaling={}))
+    divisors = (plain / model.rope_frequencies(gpt.config)).numpy()
+    ours = read(write_gguf(path, gpt, tensors={"rope_freqs.weight": divisors}))
     assert ours.config.rope_scaling == llama3
-    tensors["rope_freqs.weight"] += 1
     with pytest.raises(ValueError, match="Llama 3.1"):
-        read(write_gguf(tmp_path / "other.gguf", gpt, tensors=tensors))
+        read(write_gguf(path, gpt, tensors={"rope_freqs.weight": divisors + 1}))
     for kind, scaling in (("linear", {"rope_type": "linear", "factor": 4.0}), ("none", {})):
         fields = {"rope.scaling.type": kind, "rope.scaling.factor": 4.0}
-        ours = read(write_gguf(tmp_path / f"{kind}.gguf", small(), **fields))
-        assert ours.config.rope_scaling == scaling
+        assert read(write_gguf(path, small(), **fields)).config.rope_scaling == scaling
 
 
 BIG = torch.zeros(40, 32).numpy()
-REFUSED = [  # what a GGUF file may say that is not implemented, and what the message names
-    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
-    ({"expert_count": 8}, "expert_count"), ({"attention.sliding_window": 64}, "sliding_window"),
-    ({"logit_scale": 8.0}, "logit_scale"), ({"attention.causal": False}, "attention.causal"),
-    ({"attention.value_length": 4}, "value_length"), ({"some.new_field": 1}, "some.new_field"),
-    ({"rope.dimension_count": 4}, "rope.dimension_count"), ({"block_count": None}, "block_count"),
-    ({"attention.layer_norm_rms_epsilon": None}, "layer_norm_epsilon"),
-    ({"attention.head_count_kv": [2, 1]}, "Error"), ({"attention.head_count": 0}, "zero"),
-    ({"general.architecture": "gemma3"}, "'gemma3'"), ({"general.type": "adapter"}, "adapter"),
-    ({"split.count": 3}, "part"), ({"block_count": 3}, "layers.2"), ({"block_count": 1}, "ers.1"),
-    ({"tensors": {"blk.0.attn_sinks.weight": BIG}}, "attn_sinks"),
-    ({"tensors": {"blk.0.attn_q.weight": BIG}}, "q_proj"),
-    ({"tokenizer": {"eos_token_id": None}}, "eos_token_id"),
-    ({"tokenizer": {"model": "llama"}}, "ggml.model"), ({"tokenizer": {"pre": "dbrx"}}, "dbrx"),
-    ({"tokenizer": {"add_eos_token": True}}, "add_eos_token"),
-    ({"tokenizer": {"merges": None}}, "merges")]
+REFUSED = {  # what the message names: what a GGUF file may say that is not implemented
+    "yarn": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+    "expert_count": {"expert_count": 8}, "sliding_window": {"attention.sliding_window": 64},
+    "logit_scale": {"logit_scale": 8.0}, "causal": {"attention.causal": False},
+    "value_length": {"attention.value_length": 4}, "some.new_field": {"some.new_field": 1},
+    "rope.dimension_count": {"rope.dimension_count": 4}, "block_count": {"block_count": None},
+    "norm_epsilon": {"attention.layer_norm_rms_epsilon": None}, "part": {"split.count": 3},
+    "Error": {"attention.head_count_kv": [2, 1]}, "zero": {"attention.head_count": 0},
+    "'gemma3'": {"general.architecture": "gemma3"}, "adapter": {"general.type": "adapter"},
+    "layers.2": {"block_count": 3}, "layers.1": {"block_count": 1},
+    "attn_sinks": {"tensors": {"blk.0.attn_sinks.weight": BIG}},
+    "q_proj": {"tensors": {"blk.0.attn_q.weight": BIG}},
+    "eos_token_id": {"tokenizer": {"eos_token_id": None}},
+    "ggml.model": {"tokenizer": {"model": "llama"}}, "dbrx": {"tokenizer": {"pre": "dbrx"}},
+    "add_eos_token": {"tokenizer": {"add_eos_token": True}},
+    "merges": {"tokenizer": {"merges": None}}}
 
 
-@pytest.mark.parametrize("changes, culprit", REFUSED, ids=lambda x: x if type(x) is str else "")
-def test_what_a_gguf_file_has_and_the_model_lacks_is_refused_by_name(changes, culprit, tmp_path,
-                                                                     cache):
-    path = write_gguf(tmp_path / "small.gguf", small(), **changes)
+@pytest.mark.parametrize("culprit", REFUSED)
+def test_what_the_model_lacks_is_refused_by_name(culprit, tmp_path, cache):
+    path = write_gguf(tmp_path / "small.gguf", small(), **REFUSED[culprit])
     with pytest.raises(ValueError, match=f"^{path}: [^\n]*{culprit}[^\n]*$"):
         model.resolve(path)
     assert not [*cache.iterdir()]
 
 
 def test_a_damaged_gguf_file_is_one_line(tmp_path):
-    whole = write_gguf(tmp_path / "whole.gguf", small()).read_bytes()
+    path = write_gguf(tmp_path / "small.gguf", small())
+    whole = path.read_bytes()
     cuts = [whole[:n] for n in (0, 3, 20, 200, 2000, 8000, len(whole) - 100_000, len(whole) - 3)]
-    for n, part in enumerate([*cuts, b"GGML" + whole[4:], b"version https://git-lfs.github.com"]):
-        path = tmp_path / f"{n}.gguf"
+    for part in [*cuts, b"GGML" + whole[4:], b"version https://git-lfs.github.com"]:
         path.write_bytes(part)
         with pytest.raises(ValueError, match=f"^{path}: [^\n]*$"):
             model.resolve(path)
@@ -340,8 +318,7 @@ def test_a_damaged_gguf_file_is_one_line(tmp_path):
 @pytest.mark.parametrize("pre, says, begins", [
     ("gpt-2", True, True), ("smollm", None, False), ("qwen2", False, False),
     ("llama-bpe", None, True), ("llama-bpe", False, False)])
-def test_the_tokenizer_of_a_gguf_file_is_what_transformers_makes_of_its_files(pre, says, begins,
-                                                                              tmp_path):
+def test_a_gguf_files_tokenizer_is_what_transformers_makes_of_it(pre, says, begins, tmp_path):
     """Where the file does not say so, Llama 3's texts begin with the BOS, as in llama.cpp."""
     said = {"pre": pre, "add_bos_token": says, "eot_token_id": 0}
     folder = model.resolve(write_gguf(tmp_path / "small.gguf", small(), tokenizer=said))
@@ -353,15 +330,14 @@ def test_the_tokenizer_of_a_gguf_file_is_what_transformers_makes_of_its_files(pr
 
 
 def test_a_run_on_a_gguf_file_leaves_an_ordinary_folder(tmp_path):
-    path = write_gguf(tmp_path / "small.gguf", small("qwen3"))
-    argv = (f"--model {path} --out {tmp_path}/out --steps 1 --batch-size 2 --rollout-tokens 4 "
+    path, out = write_gguf(tmp_path / "small.gguf", small("qwen3")), tmp_path / "out"
+    argv = (f"--model {path} --out {out} --steps 1 --batch-size 2 --rollout-tokens 4 "
             "--eval-tokens 3 --eval-limit 4 --cka-samples 4 --group-size 16 --teacher-check 0")
     assert train.main(argv.split()) == 0
-    student = tmp_path / "out" / "student"
-    assert json.loads((student.parent / "results.json").read_text())["config"]["model"] == str(path)
-    same_logits(GPT.from_pretrained(student), of_transformers(student))
-    theirs = transformers.AutoTokenizer.from_pretrained(student)
-    assert theirs.encode(TEXTS[0]) == data.load_tokenizer(student).encode(TEXTS[0])
+    assert json.loads((out / "results.json").read_text())["config"]["model"] == str(path)
+    of_transformers(out / "student", GPT.from_pretrained(out / "student"))
+    theirs = transformers.AutoTokenizer.from_pretrained(out / "student")
+    assert theirs.encode(TEXTS[0]) == data.load_tokenizer(out / "student").encode(TEXTS[0])
 
 
 # ------------------------------------------------------------------------------- names on the hub
@@ -370,7 +346,7 @@ def test_a_name_is_looked_for_in_the_local_cache_then_fetched(tmp_path, monkeypa
     asked, there = [], make_folder(tmp_path / "snapshot")
     (tmp_path / "half").mkdir()  # a configuration without weights may lie in the cache
 
-    def snapshot_download(repo, local_files_only, revision, allow_patterns):
+    def snapshot_download(repo, local_files_only, revision, allow_patterns, ignore_patterns):
         asked.append((repo, revision, local_files_only))
         assert "config.json" in allow_patterns and "*.bin" not in allow_patterns
         if repo == "org/none" or repo == "org/new" and local_files_only:
@@ -381,16 +357,13 @@ def test_a_name_is_looked_for_in_the_local_cache_then_fetched(tmp_path, monkeypa
     assert {model.resolve(name) for name in ("org/known", "org/new@v1", "org/half")} == {there}
     assert asked == [("org/known", None, True), ("org/new", "v1", True), ("org/new", "v1", False),
                      ("org/half", None, True), ("org/half", None, False)]
-    message = r"^there is no folder org/none@v2[^\n]*\(no network\)[^\n]*hf download org/none --rev"
-    with pytest.raises(FileNotFoundError, match=message):
+    says = r"^there is no folder org/none@v2[^\n]*\(no network\)[^\n]*hf download org/none --rev"
+    with pytest.raises(FileNotFoundError, match=says):
         model.resolve("org/none@v2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for name in ("org/known", "nowhere", "nowhere.gguf", "/no/such", "a/b/c", "../no", "org/x y"):
         with pytest.raises(FileNotFoundError, match="^[^\n]*$"):
             model.resolve(name)
-    monkeypatch.chdir(tmp_path)
-    make_folder(tmp_path / "org" / "known")
-    assert str(model.resolve("org/known")) == "org/known"  # a folder wins
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -399,26 +372,26 @@ ARC = {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}
 ONE = {**ARC, "label": ["1", "2", "3"]}
 BOTH = {"contexts": ["It is", "It was"], "continuation": " so.", "answer": 1}
 OUTPUT = "<reasoning>A? <answer>A</answer> No.</reasoning>\n<answer> B </answer>"
-TOOLS = {"prompt": "What is the weather in Oslo?", "golden_answer": [
-            {"Action": "getPlace", "Action_Input": '{"name": "Oslo"}'},
-            {"Action": "getWeather", "Action_Input": '{"day": 1}'}],
-         "golden_response": [
-             'Thought: first the place.\nAction: getPlace\nAction Input: {"name": "Oslo"}',
-             'Thought: then\nAction: getWeather\nAction Input: {"day": 1}']}
-BRIEF, LATER = {"system": "Be brief."}, {"prompt": "Two?", "response": "2", "earlier": [USER, SAID]}
-SKY = {"prompt": "Sky?", "choices": [("Sky?", f" {color}") for color in ARC["text"]]}
-RED, BLUE, GREEN = (SKY | {"response": color, "answer": i} for i, color in enumerate(ARC["text"]))
+SCIENCE = [{"messages": [SYSTEM, USER], "output_text": OUTPUT},
+           {"prompt": [SYSTEM, USER], "answer": "B"}]
+STEPS = ['Thought: first the place.\nAction: getPlace\nAction Input: {"name": "Oslo"}',
+         'Thought: then\nAction: getWeather\nAction Input: {"day": 1}']
+TOOLS = {"prompt": "What is the weather in Oslo?", "golden_response": STEPS, "golden_answer": [
+    {"Action": "getPlace", "Action_Input": '{"name": "Oslo"}'},
+    {"Action": "getWeather", "Action_Input": '{"day": 1}'}]}
+BRIEF, SKY = {"system": "Be brief."}, [("Sky?", " red"), ("Sky?", " blue"), ("Sky?", " green")]
+LATER = {"prompt": "Two?", "response": "2", "earlier": [USER, SAID]}
+RED, BLUE, GREEN = ({"prompt": "Sky?", "choices": SKY, "response": color, "answer": i}
+                    for i, color in enumerate(ARC["text"]))
 FORMS = [  # a row, and what its Example has that is not prompt "One?" and response "1"
-    ({"messages": [SYSTEM, USER, SAID, AGAIN, LAST]}, BRIEF | LATER),
     ({"prompt": "One?", "messages": [USER, SAID]}, {}), ({"prompt": [USER], "answer": "1"}, {}),
-    ({"prompt": "One?", "response": "1", "system": "Be brief."}, BRIEF),
     ({"prompt": [SYSTEM, USER], "response": "1"}, BRIEF),
     ({"prompt": [USER, SAID, AGAIN], "completion": [LAST]}, LATER),
     ({"prompt": "One?", "completion": "1", "label": True, "id": 7}, {}),
     ({"question": "One?", "answer": "1", "context": ""}, {}),
     ({"question": "One?", "response": "1", "system_prompt": "Be brief."}, BRIEF),
-    ({"instruction": "Add.", "input": "1 + 0", "output": "1"}, {"prompt": "Add.\n\n1 + 0"}),
-    ({"instruction": "Add.", "input": "", "output": "1"}, {"prompt": "Add."}),
+    ({"instruction": "One", "input": "a?", "output": "1"}, {"prompt": "One\n\na?"}),
+    ({"instruction": "One?", "input": "", "output": "1"}, {}),
     ({"question": "Sky?", "choices": ARC, "answerKey": "B", "id": "Mercury_7"}, BLUE),
     ({"prompt": "Sky?", "choices": ARC, "answer": "C"}, GREEN),
     ({"question": "Sky?", "choices": ONE, "answerKey": "1"}, RED),
@@ -426,8 +399,7 @@ FORMS = [  # a row, and what its Example has that is not prompt "One?" and respo
     ({"prompt": "Sky?", "choices": [" red", "blue ", "green"], "answer": 0}, RED),
     (BOTH, {"prompt": "It was", "response": "so.", "answer": 1,
             "choices": [("It is", " so."), ("It was", " so.")]}),
-    ({"messages": [SYSTEM, USER], "output_text": OUTPUT}, BRIEF | {"response": OUTPUT}),
-    ({"prompt": [SYSTEM, USER], "answer": "B"}, BRIEF | {"response": ""}),
+    (SCIENCE[0], BRIEF | {"response": OUTPUT}), (SCIENCE[1], BRIEF | {"response": ""}),
     ({"prompt": [SYSTEM, USER], "answer": "Bees"}, BRIEF | {"response": "Bees"})]
 
 
@@ -443,6 +415,9 @@ def test_rows_are_read_in_every_form(tmp_path):
         expected = data.Example("One?", "1", e.check).__dict__ | expected
         assert e.__dict__ == expected | {"where": f"{tmp_path}/rows.jsonl:1"}, row
         assert e.choices or not e.response or e.check(e.response) and not e.check("another")
+        for wrong in ("B", "<answer>B", "<answer>b</answer>", "<answer>B.</answer>", "B</answer>",
+                      "<answer>B</answer><answer>C</answer>", "<answer>A, B</answer>"):
+            assert row not in SCIENCE or e.check(OUTPUT) and not e.check(wrong)
     same = {"question": "One?", "answer": "1"}
     assert len(only(tmp_path, same, {**same, "id": 8}, {**same, "question": "Two?"})) == 2
 
@@ -454,10 +429,9 @@ def test_rows_are_read_in_every_form(tmp_path):
     {"prompt": "a", "completion": "b", "label": False}, {"prompt": [USER], "completion": [AGAIN]},
     {"question": "a", "choices": ARC, "answerKey": "E"}, {**BOTH, "answer": True},
     {"question": "a", "choices": ONE, "answer": 1}, {**BOTH, "contexts": ["a", "a"]},
-    {"question": "a", "choices": {**ARC, "label": ["A", "B", "A"]}, "answerKey": "A"},
-    {"question": "a", "choices": {"label": ["A", "B"]}, "answerKey": "A"},
+    {"question": "a", "choices": {**ARC, "label": ["A", "B"]}, "answerKey": "A"},
     {"messages": [USER], "output_text": "B"}, {"messages": [USER, SAID], "output_text": OUTPUT},
-    {**BOTH, "answer": 2}, {**BOTH, "continuation": " "}, {**TOOLS, "golden_answer": "f"},
+    {**BOTH, "continuation": " "}, {**TOOLS, "golden_answer": []}, {**TOOLS, "golden_answer": "f"},
     {**TOOLS, "golden_answer": [{"Action": "f"}]}, {**TOOLS, "golden_response": [5]}], ids=str)
 def test_a_row_of_no_form_is_refused_by_file_and_line(row, tmp_path):
     with pytest.raises(ValueError, match=f"^{tmp_path}/rows.jsonl:2: [^\n]*$"):
@@ -468,21 +442,18 @@ GOOD = [{"question": f"Question {i}?", "answer": "The same."} for i in range(10)
 LINES = "\n".join(map(json.dumps, GOOD))
 
 
-def test_rows_are_lines_or_an_array(tmp_path):
-    for name, text in (("a.json", json.dumps(GOOD)), ("a.json", json.dumps(GOOD, indent=2)),
-                       ("a.json", LINES), ("a.json", json.dumps({"data": GOOD, "v": 1})),
-                       ("a.ndjson", LINES), ("a.JSON", "\ufeff" + json.dumps(GOOD))):
-        (tmp_path / name).write_bytes(text.encode())
-        examples = load_task(tmp_path / name, measured_only=True).eval["all"]
-        assert examples == [data.Example(row["question"], "The same.", e.check)
-                            for row, e in zip(GOOD, examples)] and len(examples) == 10
+@pytest.mark.parametrize("text", [json.dumps(GOOD), json.dumps(GOOD, indent=2), LINES,
+                                  json.dumps({"data": GOOD, "v": 1}), "\ufeff" + json.dumps(GOOD)])
+def test_rows_are_lines_or_an_array(text, tmp_path):
+    (tmp_path / "a.JSON").write_text(text)
+    examples = load_task(tmp_path / "a.JSON", measured_only=True).eval["all"]
+    assert [e.prompt for e in examples] == [row["question"] for row in GOOD]
 
 
 @pytest.mark.parametrize("text, says", [
-    (json.dumps([*GOOD, {"prompt": "a", "response": 5}]), ": element 11: "), ("[]", "a.json"),
-    (json.dumps({"data": [*GOOD, 3]}), ": element 11: "), ('[\n{"prompt": "a",\n}]', "line 3"),
-    (json.dumps({"train": GOOD, "test": GOOD}), "test, train"), ("{\n", ":1: not a line of JSON"),
-    ('[{"prompt": ' + "[" * 100_000, "not JSON")])
+    (json.dumps({"data": [*GOOD, 3]}), ": element 11: "), ("[]", "a.json"),
+    ('[\n{"prompt": "a",\n}]', "line 3"), ("{\n", ":1: not a line of JSON"),
+    (json.dumps({"train": GOOD, "test": GOOD}), "test, train"), ("[" * 100_000, "not JSON")])
 def test_an_array_is_refused_with_its_element(text, says, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=f"^{tmp_path}/[^\n]*{says}[^\n]*$"):
@@ -491,26 +462,17 @@ def test_an_array_is_refused_with_its_element(text, says, tmp_path):
 
 def test_tools_are_graded_by_their_calls(tmp_path):
     e, bare = only(tmp_path, TOOLS, {key: TOOLS[key] for key in ("prompt", "golden_answer")})
-    assert (e.prompt, e.response) == (TOOLS["prompt"], "\n".join(TOOLS["golden_response"]))
-    assert e.check(e.response) and bare.check(e.response) and bare.response == ""
-    assert e.check('Action: getWeather \r\nAction Input:{"day": 1}\n\nAction:getPlace\n'
-                   'Action Input: {"name":  "Oslo"} and so on'), "in any order"
-    assert e.check('Action: getPlace\nAction Input: {"day": 1, "name": "Oslo"}\n'
-                   "Action: getWeather\nAction Input: {broken"), "inputs are merged if they parse"
-    for old, new in (("getPlace", "getPlaces"), ("Oslo", "Bergen"), ("1}", '"1"}'),
-                     ("Action:", "action:"), ("getPlace", "getWeather")):
-        assert not e.check(e.response.replace(old, new))
-    for wrong in ("", TOOLS["golden_response"][0], e.response + "\nAction: getPlace",
-                  e.response + '\nAction Input: {"more": 1}', 'Action Input: {"a":' + "[" * 99_999):
+    assert (e.prompt, e.response, bare.response) == (TOOLS["prompt"], "\n".join(STEPS), "")
+    for right in (e.response, "\n".join(STEPS[::-1]) + " and so on",
+                  'Action: getPlace\nAction Input: {"day": 1, "name": "Oslo"}\n'
+                  "Action:getWeather \r\nAction Input: {broken"):  # inputs are merged if they parse
+        assert e.check(right) and bare.check(right)
+    for wrong in ("", STEPS[0], e.response + "\nAction: getPlace", e.response.replace("1}", '"1"}'),
+                  e.response.replace("getPlace", "getPlaces"), e.response.replace("Oslo", "Bergen"),
+                  e.response.replace("Action:", "action:"), 'Action Input: {"a":' + "[" * 99_999,
+                  e.response.replace("getPlace", "getWeather"),
+                  e.response + '\nAction Input: {"more": 1}'):
         assert not e.check(wrong)
     same = [{"Action": "list", "Action_Input": x} for x in ("", "no JSON")]
     e, = only(tmp_path, {**TOOLS, "golden_answer": same})
     assert e.check("Action: list\nAction: list") and not e.check("Action: list")
-
-
-def test_science_is_graded_by_the_last_answer(tmp_path):
-    for e in only(tmp_path, *(row for row, _ in FORMS[-3:-1])):
-        assert e.check(OUTPUT) and e.check("<answer>A</answer><answer>\nB\n</answer> or A")
-        for wrong in ("B", "", "<answer>B", "<answer>b</answer>", "<answer>B.</answer>", "B</answer>",
-                      "<answer>B</answer><answer>C</answer>", "<answer>A, B</answer>"):
-            assert not e.check(wrong)

@@ -104,14 +104,17 @@ def test_what_is_finished_is_not_done_again(usual, tmp_path, monkeypatch):
     """Neither a stage nor a step is, and metrics.jsonl begins with the steps of before."""
     out, options = tmp_path / "out", usual
     run_until(monkeypatch, 7, out, *options)  # run.pt, three stages, steps 2, 4 and 6
-    done, steps = [], []
+    measured = []
+
+    def measure(*args, name, real=train.measure, **kwargs):
+        measured.append(name)
+        steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()]
+        assert steps == [0, 1, 2, 3, 4, 5, 6]
+        return real(*args, name=name, **kwargs)
     with monkeypatch.context() as watching:
-        watching.setattr(train, "measure", lambda *args, real=train.measure, name, **kwargs: (
-            done.append(name), real(*args, name=name, **kwargs))[1])
-        watching.setattr(train, "log", None)
-        watching.setitem(train.PARTS, "log", lambda c, line: steps.append(line["step"]))
+        watching.setattr(train, "measure", measure)
         assert run(out, *options) == 0
-    assert done == ["recovered"] and steps == [0, 1, 2, 3, 4, 5, 6]
+    assert measured == ["recovered"]
 
 
 def test_another_run_is_refused_by_what_differs(usual, tmp_path, monkeypatch, capsys):
@@ -123,8 +126,8 @@ def test_another_run_is_refused_by_what_differs(usual, tmp_path, monkeypatch, ca
     assert run(out, *options, "--seed", "3", "--lora", "2") == 2
     lines = capsys.readouterr().err.splitlines()
     line, = [line for line in lines if line.startswith("error: ")]
-    assert "an unfinished run with other --lora, --seed, " in line
-    assert f"go on with that, choose another --out, or delete {out}/.sdft-resume" in line
+    assert "an unfinished run with other lora, seed: go on" in line
+    assert f" with that, choose another --out, or delete {out}/.sdft-resume" in line
     make_folder(model, seed=8)  # other weights and rows under the same names
     rows.write_text(rows.read_text().replace('"response": "', '"response": "1'))
     assert run(out, *options) == 2
@@ -175,6 +178,19 @@ def test_a_full_disk_is_said_and_the_run_goes_on(usual, tmp_path, monkeypatch, c
     assert not (out / ".sdft-resume").exists()
 
 
+def test_without_what_tells_a_run_from_others_nothing_is_saved(usual, tmp_path, monkeypatch):
+    """Another run would take it for its own."""
+    def save(state, file, real=torch.save):
+        if file.name.endswith("run.part"):
+            raise OSError(28, "No space left on device")
+        real(state, file)
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(train, "results_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "out", *usual)
+    assert not list((tmp_path / "out" / ".sdft-resume").glob("*.pt"))
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 def test_torch_says_in_one_line_that_a_disk_is_full(tmp_path, capsys):
     state = resume.Resume({"config": train.Config(out=str(tmp_path))})
@@ -194,13 +210,17 @@ def test_only_what_this_program_wrote_is_deleted(usual, tmp_path):
     assert [path.name for path in mine.parent.iterdir()] == ["notes.pt"]
 
 
-def test_a_training_that_ended_early_is_not_gone_on_with(usual, tmp_path, monkeypatch):
-    """KeepBest ended it; its stage is finished, and the code stays that of a failed training."""
-    options = *usual, "--lr", "1e9"
+@pytest.mark.parametrize("lr, steps", [("10", 7), ("1e9", 2)], ids=["held out", "not finite"])
+def test_a_training_that_ends_early_does_so_at_the_same_step(lr, steps, usual, tmp_path,
+                                                             monkeypatch):
+    """KeepBest ends it; its stage is finished then, and the code that of a failed training."""
+    options = *usual, "--lr", lr, "--steps", "9"
     assert run(tmp_path / "whole", *options) == 1
-    run_until(monkeypatch, 5, tmp_path / "broken", *options)
+    for saves in (5, 2):  # in the training, and after it went on
+        run_until(monkeypatch, saves, tmp_path / "broken", *options, "--save-every", steps - 1)
     assert run(tmp_path / "broken", *options) == 1
     assert left_by(tmp_path / "broken") == left_by(tmp_path / "whole")
+    assert len(left_by(tmp_path / "whole")[0]) == steps
 
 
 # ------------------------------------------------------------------------------- real processes

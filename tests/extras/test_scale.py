@@ -73,9 +73,9 @@ def test_two_processes_give_the_numbers_of_one(options, usual, tmp_path):
         assert codes == [0, 0], said
         assert said.count("recovered fraction") == 1  # one of them speaks
         same_numbers(tmp_path / name, tmp_path / "one")
-        names = [sorted(str(path.relative_to(tmp_path / out)) for path in (tmp_path / out).rglob("*"))
-                 for out in (name, "one")]
-        assert names[0] == names[1]
+        files, expected = (sorted(path.relative_to(tmp_path / out)
+                                  for path in (tmp_path / out).rglob("*")) for out in (name, "one"))
+        assert files == expected
 
 
 def same_numbers(out, alone):
@@ -118,7 +118,8 @@ def test_a_mistake_is_one_line_from_one_process(mistake, says, usual, tmp_path):
 
 
 @pytest.mark.parametrize("mistake, says", [
-    (["--shard"], "start the run by torchrun"), (["--adam-dtype", "float16"], "--adam-dtype takes")])
+    (["--shard"], "start the run by torchrun"),
+    (["--adam-dtype", "float16"], "--adam-dtype takes")])
 def test_a_mistake_of_one_process_is_one_line(mistake, says, usual, tmp_path, capsys):
     assert train.main([*QUICK, *map(str, usual), "--out", str(tmp_path / "out"), *mistake]) == 2
     line, = capsys.readouterr().err.splitlines()

@@ -318,9 +318,13 @@ class GPT(nn.Module):
         folder, head = resolve(folder), "lm_head.weight"
         try:
             config = config_of(json.loads((folder / "config.json").read_bytes()))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            with torch.device("meta"):
+                cls(config)  # fails for a size that is no number, say
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:
             what = "no entry " if isinstance(error, KeyError) else ""
-            raise ValueError(f"{folder / 'config.json'}: {what}{error}") from None
+            first_line = str(error).partition("\n")[0]
+            raise ValueError(f"{folder / 'config.json'}: {what}{first_line}") from None
         tensors, table = read_tensors(folder), tensor_name(config, "embed_tokens.weight")[0]
         prefix = table[:table.index(".") + 1]
         if not any(key.startswith(prefix) for key in tensors):  # a model stored without its head

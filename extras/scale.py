@@ -45,7 +45,7 @@ def attach(parts):
     before = dict(parts)
 
     def ready(student):
-        train.require(parts["generate"] is generate, "let scale come after fast in --with")
+        train.require(parts["generate"] is generate, "--with: scale comes after fast")
         student = before["ready"](student)
         student.gradient_checkpointing = c.gradient_checkpointing
         return shard_(student, size) if c.shard else student

@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 import torch._dynamo  # each fork would import it again, in seconds
-from conftest import launch, launch_two, make_folder
+from conftest import launch, launch_two, make_folder, tiny
 
 import sdft
 import train
+from extras import scale
 from extras.scale import CompactAdamW
 
 QUICK = ("--with scale --steps 3 --batch-size 4 --micro-batch 2 --rollout-tokens 5 --eval-tokens 4 "
@@ -60,7 +61,7 @@ def read(out):
 @pytest.mark.parametrize("options", [
     [], ["--train-embeddings", "--adam-dtype", "bfloat16", "--degrade", "wanda2:4,nf4",
          "--loss", "jsd"],  # whose loss is not its KL: no process may take one for the other
-    ["--lora", "4", "--gradient-checkpointing", "--eval-limit", "1", "--micro-batch", "1"],
+    ["--lora", "4", "--gradient-checkpointing", "--eval-limit", "1", "--steps", "2"],
     ["--forget", "tooluse", "--forget-steps", "2", "--expert-steps", "2", "--recover", "kd,sft"]],
     ids=["usual", "all weights", "lora", "forgetting"])
 def test_two_processes_give_the_numbers_of_one(options, usual, tmp_path):
@@ -107,6 +108,17 @@ def test_a_sharded_run_that_keepbest_ends_writes_the_weights_of_before(usual, tm
     assert one == two
 
 
+def test_a_process_without_held_out_prompts_goes_along(usual, tmp_path):
+    """Of 12 rows one is held out, so one of two processes has none: sharded, it computes nothing,
+    but with the other."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(usual[3].open().readlines()[:15]))
+    for start, name, more in ((launch, "one", []), (launch_two, "two", ["--shard"])):
+        codes, said = run(start, tmp_path / name, *usual, "--data", rows, "--steps", "1", *more)
+        assert set(codes) == {0}, said
+    same_numbers(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.parametrize("mistake, says", [
     (["--batch-size", "3"], "2 processes cannot share --batch-size 3"),
     (["--model", "nowhere"], "nowhere"), (["--out", "/dev/null/out"], "--out /dev/null/out")])
@@ -131,13 +143,13 @@ def test_two_processes_that_are_broken_off_go_on_to_the_same_end(shard, usual, t
     """To the last bit: as many processes add in one order. The first time one is asked to stop and
     takes the other with it; the second time one is killed."""
     whole, broken, draw = tmp_path / "whole", tmp_path / "broken", random.Random(len(shard))
-    options = *usual, "--with", "resume", "--save-every", "2", "--steps", "9", *shard
+    options = *usual, "--with", "resume", "--save-every", "2", "--steps", "7", *shard
     assert run(launch_two, whole, *options)[0] == [0, 0]
     lines = broken / "metrics.jsonl"
     for end in ("terminate", "kill"):
         lines.unlink(missing_ok=True)
         both = launch_two([*QUICK, "--out", broken, *options], tmp_path / "log")
-        steps, until = draw.randint(2, 7), time.monotonic() + 60
+        steps, until = draw.randint(2, 4), time.monotonic() + 60
         while time.monotonic() < until and not (
                 lines.exists() and lines.read_text().count("\n") >= steps):
             time.sleep(0.02)
@@ -171,3 +183,10 @@ def test_compact_adamw_is_torchs_adamw_and_in_bfloat16_stays_near():
     torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-6)
     assert 0 < (near - expected).norm() / expected.norm() < 0.01
     assert state["m"].dtype == state["v"].dtype == torch.bfloat16
+
+
+def test_one_process_may_save_memory_too():
+    c, _ = train.parse(["--with", "scale", "--gradient-checkpointing", "--adam-dtype", "bfloat16"])
+    scale.attach(parts := train.PARTS | {"config": c})
+    assert parts["ready"](tiny()).gradient_checkpointing and parts["optimizer"] is CompactAdamW
+    assert parts["cached"] and parts["share"] is list

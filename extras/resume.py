@@ -37,9 +37,9 @@ class Resume:
 
     def begin(self, c, facts):
         """ValueError, before anything is changed, if the state there is another run's."""
-        this = {**facts, **vars(c), "device": c.device.split(":")[0],
-                "processes": self.parts["processes"],
-                "with": sorted({x.__module__ for x in self.before.values() if callable(x)})}
+        modules = {x.__module__ for x in self.parts.values() if callable(x)} - {"__main__", "train"}
+        this = {**facts, **vars(c), "device": c.device.split(":")[0], "with": sorted(modules),
+                "processes": self.parts["processes"]}
         free, path = ("out", "save_every", "weights_rms"), self.folder / "run.pt"
         this = {name: repr(x) for name, x in this.items() if name not in free}
         then = read(path) if path.exists() else this

@@ -134,7 +134,7 @@ def parse(argv):
         names += [extra for options, pattern, extra in BROUGHT for value in values
                   if name in options and re.fullmatch(pattern, value) and not Path(value).is_dir()]
     if importlib.util.find_spec("matplotlib") and (folder / "picture.py").exists():
-        names.append("picture")
+        names.insert(0, "picture")
     for name in names:
         require((folder / f"{name}.py").exists(), f"extras/{name}.py is needed and is not there")
     extras = [importlib.import_module(f"extras.{name}") for name in dict.fromkeys(names)]
@@ -539,8 +539,8 @@ def held_out_loss(c, student, teacher, held_out, loss):
     """
     parts = []  # (task, the student's prompts, the answers, the teacher's states)
     for task, prompts in held_out.items():
-        prompts = PARTS["share"](prompts)
-        for part in (prompts[i:i + c.micro_batch] for i in range(0, len(prompts), c.micro_batch)):
+        for i in range(0, len(prompts), c.micro_batch):
+            part = PARTS["share"](prompts[i:i + c.micro_batch])
             ys, views = [p.answer for p in part], [p.teacher for p in part]
             with torch.no_grad():
                 t = PARTS["score"](teacher, views, ys)[-1] if teacher else None
@@ -553,7 +553,7 @@ def held_out_loss(c, student, teacher, held_out, loss):
             for task, views, ys, t in parts:
                 s = PARTS["score"](student, views, ys)[-1]
                 ids = torch.tensor([i for y in ys for i in y], device=s.device)
-                for rows in torch.arange(len(s)).split(64):  # never all [N, V] logits at once
+                for rows in torch.arange(len(s)).split(64) if ys else ():  # not all logits at once
                     logits = student.head(s[rows])
                     nats = loss(*sdft.known_to_both(logits, teacher.head(t[rows])),
                                 torch.ones_like(ids[rows])) if teacher else \

@@ -134,7 +134,8 @@ def launch_two(argv, log, before=lambda: None):
     """Two processes of one run, as torchrun starts them; their logs are log-0 and log-1."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     known = {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+             "TORCHELASTIC_USE_AGENT_STORE": "True"}
     both = [launch(argv, f"{log}-{n}", before, RANK=str(n), LOCAL_RANK=str(n), **known)
             for n in range(2)]
     for process in both:

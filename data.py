@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+import regex  # comes with tiktoken
 import tiktoken
 from jinja2 import TemplateError
 from jinja2.ext import Extension, LoopControlExtension
@@ -147,7 +148,8 @@ class Tokenizer:
             if [m["role"] for m in messages[:2]] == ["system", "user"]:
                 joined = "\n\n".join(m["content"] for m in messages[:2])
                 return self.written([user(joined), *messages[2:]], add_generation_prompt)
-            raise ValueError(f"{self.folder}: its chat template fails: {error}") from None
+            first_line = str(error).partition("\n")[0]
+            raise ValueError(f"{self.folder}: its chat template fails: {first_line}") from None
 
     def chat(self, messages):
         """[{"role", "content"}, …] -> ids of the prompt for the assistant's next turn."""
@@ -256,6 +258,8 @@ def load_tokenizer(folder):
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         return Tokenizer(folder, spec, byte_level_bpe(spec))
+    except TemplateError as error:
+        raise ValueError(f"{folder}: its chat template fails: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -308,16 +312,20 @@ def byte_level_bpe(spec):
     whole = {t for t in vocab if set(t) <= BYTE_OF.keys()} - made.keys()
     if model.get("ignore_merges") and whole - {t["content"] for t in tokens}:
         raise ValueError(f"a word that no merge makes {EXTRA}")
-    ids = [vocab.get(token) for token in made]
-    if model.get("unk_token") in vocab and None in ids:
+    ids, lacking = [vocab.get(t) for t in made], {b for c, b in BYTE_OF.items() if c not in vocab}
+    if model.get("unk_token") in vocab and lacking:
         raise ValueError(f"its unk_token {EXTRA}")
     encoding = tiktoken.Encoding("folder", pat_str=pattern, special_tokens={}, mergeable_ranks={
         to_bytes(token): rank for rank, token in enumerate(made)})
 
     def encode_plain(text):
         text = unicodedata.normalize("NFC", text) if normalizer else text
-        found = [ids[rank] for rank in encoding.encode_ordinary(text)]
-        return [i for i in found if i is not None]  # None: a byte that the vocabulary lacks
+        if lacking.isdisjoint(text.encode()):
+            return [ids[rank] for rank in encoding.encode_ordinary(text)]
+        pieces = [bytes(b for b in piece.encode() if b not in lacking)
+                  for piece in regex.findall(pattern, text)]
+        return [ids[rank] for piece in pieces if piece
+                for rank in encoding._encode_single_piece(piece)]
     return encode_plain
 
 
@@ -703,6 +711,7 @@ def choosing(row):
     if len({*choices}) < max(2, len(choices)):
         raise ValueError('"choices" must be two or more, none twice')
     return {"prompt": row["prompt"], "answer": row["answer"],
+            "response": row["choices"][row["answer"]].strip(),
             "choices": [(row["prompt"], choice) for choice in choices]}
 
 

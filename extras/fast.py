@@ -108,34 +108,44 @@ GRADIENTS = {forward_kl: _forward_kl, reverse_kl: _reverse_kl, jsd: _jsd}
 def backward(loss, student, s, teacher, t, tokens, chunk=128):
     """`sdft.backward`: [loss, KL], with the gradient in place, for the losses that are known here.
 
-    With G = d loss / d logits and logits = X W^T, d loss / dX = G W and d loss / dW = G^T X. Three
-    float32 blocks [chunk, V] serve all chunks. Any other loss or head goes the plain way.
+    Any other loss or head goes the plain way.
     """
     if loss not in GRADIENTS or not _has_plain_head(student):
         return sdft.backward(loss, student, s, teacher, t, tokens)
-    x, w, chunk = s.detach(), student.head_weight, min(chunk, math.ceil(len(s) / 3))
-    slope, slope_w = torch.empty_like(x), torch.zeros_like(w) if w.requires_grad else None
-    values = torch.zeros(2, device=x.device)
-    with torch.no_grad():
-        blocks = x.new_empty(3, chunk, len(w), dtype=torch.float32)
-        for rows in (slice(start, start + chunk) for start in range(0, len(x), chunk)):
-            logits = teacher.head(t[rows])
-            v = min(logits.size(-1), len(w))  # the ids that both know
-            log_s, log_t, work = blocks[:, :len(logits), :v]
-            torch.log_softmax(work.copy_(logits[:, :v]), -1, out=log_t)
-            logits = student.head(x[rows])
-            torch.log_softmax(work.copy_(logits[:, :v]), -1, out=log_s)
-            del logits
-            value, kl, g = GRADIENTS[loss](log_s, log_t, work)
-            values += torch.stack((value.sum(), kl.sum())) / tokens
-            g = g.mul_(1 / tokens).to(x.dtype)
-            slope[rows] = g @ w[:v]
-            if w.requires_grad:
-                slope_w[:v].addmm_(g.mT, x[rows])
-        del blocks
-    known = [(s, slope)] + ([(w, slope_w)] if slope_w is not None else [])
-    torch.autograd.backward(*zip(*known))
+    values, slope, slope_w = _slopes(loss, student, s.detach(), teacher, t, tokens, chunk)
+    if slope_w is not None:
+        student.head_weight.backward(slope_w)
+        del slope_w  # before the blocks' gradients need the room
+    s.backward(slope)
     return values
+
+
+@torch.no_grad()
+def _slopes(loss, student, x, teacher, t, tokens, chunk):
+    """[loss, KL], d loss / dX [N, D], and d loss / dW [V, D], None where the head is not trained.
+
+    With G = d loss / d logits and logits = X W^T they are G W and G^T X. Three float32 blocks
+    [chunk, V] serve all chunks.
+    """
+    w, chunk = student.head_weight, max(1, min(chunk, math.ceil(len(x) / 3)))
+    slope, slope_w = torch.empty_like(x), torch.zeros_like(w) if w.requires_grad else None
+    blocks = x.new_empty(3, chunk, len(w), dtype=torch.float32)
+    values = torch.zeros(2, device=x.device)
+    for rows in (slice(start, start + chunk) for start in range(0, len(x), chunk)):
+        logits = teacher.head(t[rows])
+        v = min(logits.size(-1), len(w))  # the ids that both know
+        log_s, log_t, work = blocks[:, :len(logits), :v]
+        torch.log_softmax(work.copy_(logits[:, :v]), -1, out=log_t)
+        logits = student.head(x[rows])
+        torch.log_softmax(work.copy_(logits[:, :v]), -1, out=log_s)
+        del logits
+        value, kl, g = GRADIENTS[loss](log_s, log_t, work)
+        values += torch.stack((value.sum(), kl.sum())) / tokens
+        g = g.mul_(1 / tokens).to(x.dtype)
+        slope[rows] = g @ w[:v]
+        if slope_w is not None:
+            slope_w[:v].addmm_(g.mT, x[rows])
+    return values, slope, slope_w
 
 
 def _has_plain_head(model):

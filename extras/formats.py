@@ -37,7 +37,12 @@ def attach(parts):
         except ValueError as error:
             if "--with formats" not in str(error):
                 raise
-        return AnyTokenizer(Path(folder))
+        try:
+            return AnyTokenizer(Path(folder))
+        except Exception as error:  # tokenizers and jinja2 have errors of their own
+            text = "pip install tokenizers" if isinstance(error, ImportError) else str(error)
+            first_line = text.partition("\n")[0]
+            raise ValueError(f"{folder}/tokenizer.json: {first_line}") from None
     parts["tokenizer"] = load_tokenizer
 
 
@@ -210,12 +215,8 @@ class AnyTokenizer(data.Tokenizer):
     """A folder's tokenizer.json by the tokenizers library; all else is as in data.Tokenizer."""
 
     def __init__(self, folder):
-        try:
-            from tokenizers import AddedToken, Tokenizer
-            self.backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library has no error of its own
-            how = "pip install tokenizers" if isinstance(error, ImportError) else error
-            raise ValueError(f"{folder}/tokenizer.json: {how}") from None
+        from tokenizers import AddedToken, Tokenizer
+        self.backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.backend.no_truncation(), self.backend.no_padding()
         config = data.read_json(folder / "tokenizer_config.json")  # it names further tokens
         table = config.get("added_tokens_decoder") or {}
@@ -283,8 +284,7 @@ def choosing(row):
         raise ValueError(f"{answer} may be an index or a label: write the label as text")
     texts = [data.words(text, "choices").strip() for text in texts]
     prompt = row.get("prompt") or row.get("question", "")
-    return data.choosing({"prompt": prompt, "choices": texts, "answer": answer}) | {
-        "response": texts[answer]}
+    return data.choosing({"prompt": prompt, "choices": texts, "answer": answer})
 
 
 def completing(row):

@@ -11,30 +11,12 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
+from conftest import tiny
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
 
 import model
-from model import (
-    GPT,
-    GPTConfig,
-    KVCache,
-    attend,
-    config_json,
-    config_of,
-    frozen_copy,
-    generate,
-    sample,
-)
+from model import GPT, KVCache, config_json, config_of, generate
 from quant import bake_, compute_in_, fake_quantize, quantize_
 
 VOCAB, CONTEXT, LAYERS = 97, 64, 3
@@ -46,28 +28,26 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
               original_max_position_embeddings=40)
 LONGROPE = dict(rope_type="longrope", short_factor=[2.0, 1.0, 3.0, 1.5], attention_factor=1.0,
                 long_factor=[2.0, 1.0, 3.0, 1.5], original_max_position_embeddings=CONTEXT)
-CONFIGS = {
-    "gpt2": GPT2Config(**GPT2),
-    "gpt2-untied-narrow": GPT2Config(**GPT2, n_inner=40, tie_word_embeddings=False),
-    "llama-tied": LlamaConfig(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True,
-                              rope_theta=300.0),
-    "llama-untied": LlamaConfig(**LLAMA, num_key_value_heads=1, head_dim=12,
-                                tie_word_embeddings=False, rope_theta=5e5),
-    "llama-biases": LlamaConfig(**LLAMA, num_key_value_heads=4, attention_bias=True, mlp_bias=True),
-    "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e6),
-    "llama3": LlamaConfig(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True,
-                          rope_parameters={**LLAMA3, "rope_theta": 300.0}),
-    "linear": LlamaConfig(**LLAMA, rope_parameters={
-        "rope_type": "linear", "factor": 3.0, "rope_theta": 300.0}),
-    "longrope": LlamaConfig(**LLAMA, rope_parameters={**LONGROPE, "rope_theta": 300.0}),
-    "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=2, head_dim=12, rope_theta=1e6),
-    "smollm3": SmolLM3Config(**LLAMA, num_key_value_heads=2, no_rope_layers=[1, 0, 1],
-                             rope_theta=300.0, pad_token_id=0),
-    "mistral": MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=None,
-                             hidden_act="gelu"),
-}
-OURS = GPTConfig("llama", VOCAB, LAYERS, 32, 4, 2, 12, 56, CONTEXT, 1e-3, 700.0, True, True, True,
-                 False)
+CONFIGS = {name: (getattr(transformers, kind), LLAMA | dict(changes)) for name, kind, changes in [
+    ("llama-tied", "LlamaConfig", dict(num_key_value_heads=2, tie_word_embeddings=True,
+                                       rope_theta=300.0)),
+    ("llama-untied", "LlamaConfig", dict(num_key_value_heads=1, head_dim=12, rope_theta=5e5,
+                                         tie_word_embeddings=False)),
+    ("llama-biases", "LlamaConfig", dict(attention_bias=True, mlp_bias=True)),
+    ("llama3", "LlamaConfig", dict(num_key_value_heads=2, tie_word_embeddings=True,
+                                   rope_parameters={**LLAMA3, "rope_theta": 300.0})),
+    ("linear", "LlamaConfig", dict(rope_parameters={
+        "rope_type": "linear", "factor": 3.0, "rope_theta": 300.0})),
+    ("longrope", "LlamaConfig", dict(rope_parameters={**LONGROPE, "rope_theta": 300.0})),
+    ("qwen2", "Qwen2Config", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    ("qwen3", "Qwen3Config", dict(num_key_value_heads=2, head_dim=12, rope_theta=1e6)),
+    ("smollm3", "SmolLM3Config", dict(num_key_value_heads=2, no_rope_layers=[1, 0, 1],
+                                      rope_theta=300.0, pad_token_id=0)),
+    ("mistral", "MistralConfig", dict(num_key_value_heads=2, sliding_window=None,
+                                      hidden_act="gelu"))]}
+CONFIGS = {name: kind(**entries) for name, (kind, entries) in CONFIGS.items()} | {
+    "gpt2": transformers.GPT2Config(**GPT2),
+    "gpt2-untied-narrow": transformers.GPT2Config(**GPT2, n_inner=40, tie_word_embeddings=False)}
 
 
 def randomise(lm, seed=0):
@@ -85,13 +65,13 @@ def seeded(seed):
 
 def write(name, folder, **options):
     """transformers' model of CONFIGS[name], random, saved in folder."""
-    theirs = randomise(AutoModelForCausalLM.from_config(CONFIGS[name]))
+    theirs = randomise(transformers.AutoModelForCausalLM.from_config(CONFIGS[name]))
     theirs.save_pretrained(folder, **options)
     return theirs
 
 
 def of_transformers(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -134,14 +114,11 @@ def same_logits(ours, theirs, tolerance=1e-4):
 
 # ---------------------------------------------------------------- the same function as transformers
 
-def test_logits_equal_transformers(pair):
-    same_logits(pair[1], pair[0])
-
-
 @torch.no_grad()
-def test_hidden_states_and_logits_equal_transformers_beside_padding(pair):
+def test_logits_and_hidden_states_equal_transformers_beside_padding_too(pair):
     """Each block's output, the last after the norm; padding on the right needs no mask."""
     theirs, ours = pair
+    same_logits(ours, theirs)  # of a whole context
     ids, mask = padded(random_rows(23, 9, 1, 16))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     right = theirs(ids, attention_mask=mask.long(), position_ids=positions,
@@ -186,47 +163,27 @@ def test_rows_packed_into_one_have_the_same_states_as_alone(pair):
     owner = torch.tensor([b for b, row in enumerate(rows) for _ in row])
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     mask = (owner == owner[:, None]) & (positions <= positions[:, None])
-    x = ours.backbone(ids, attend=partial(attend, mask=mask[None, None]),
+    x = ours.backbone(ids, attend=partial(model.attend, mask=mask[None, None]),
                       positions=positions[None])[0]
     for row, given in zip(rows, x.split([len(row) for row in rows])):
         right = ours.backbone(torch.tensor([row]))[0]
         torch.testing.assert_close(given, right, rtol=0, atol=1e-5)
 
 
-# --------------------------------------------------------------------------- bfloat16 over float32
+# ------------------------------------------------------------------------------ weights as they act
 
-def test_computing_in_bfloat16_equals_a_bfloat16_model_and_trains_float32_weights(ours, tmp_path):
-    before, ours = ours, copy.deepcopy(ours)
+def test_computing_in_bfloat16_equals_a_bfloat16_model_and_trains_float32_weights(ours):
     half, ids = copy.deepcopy(ours).bfloat16(), torch.tensor(random_rows(20, 20))
-    names = [name for name, _ in ours.named_parameters()]
-    compute_in_(ours, torch.bfloat16)
-    logits = ours(ids)
+    mixed = compute_in_(copy.deepcopy(ours), torch.bfloat16)
+    logits = mixed(ids)
     assert logits.dtype == torch.bfloat16 and torch.equal(logits, half(ids))
     weights = torch.randn(logits.shape, dtype=torch.bfloat16)
-    (logits * weights).sum().backward()
-    (half(ids) * weights).sum().backward()
-    for name in names:
-        p = ours.stored(name)
-        assert p.dtype == p.grad.dtype == torch.float32, name
-        assert torch.equal(p.grad.bfloat16(), half.get_parameter(name).grad), name
-    ours.save_pretrained(tmp_path)
-    saved = GPT.from_pretrained(tmp_path)
-    for name in names:
-        right = before.get_parameter(name)
-        assert torch.equal(saved.get_parameter(name), right), name
-        assert torch.equal(ours.weight(name), right), name
-
-
-@torch.no_grad()
-def test_bfloat16_generation_equals_the_uncached_forward(ours):
-    """A token that wins by more than the cache's rounding is the same; a near tie may fall either
-    way."""
-    half = copy.deepcopy(ours).bfloat16()
-    for prompt in random_rows(5, 9, 14):
-        completion, = generate(half, [prompt], 6, temperature=0)
-        logits = half(torch.tensor([prompt + completion]))[0, len(prompt) - 1:-1].float()
-        chosen = logits[torch.arange(6), completion]
-        assert (logits.max(-1).values - chosen).max() < 0.05 * logits.std()
+    for lm in (mixed, half):
+        (lm(ids) * weights).sum().backward()
+    for name, p in half.named_parameters():
+        assert mixed.stored(name).grad.dtype == torch.float32
+        assert torch.equal(mixed.stored(name).grad.bfloat16(), p.grad), name
+        assert torch.equal(mixed.weight(name), ours.get_parameter(name)), name
 
 
 def test_named_weights_and_a_frozen_copy_are_a_plain_models_parameters_as_they_act(ours):
@@ -235,7 +192,7 @@ def test_named_weights_and_a_frozen_copy_are_a_plain_models_parameters_as_they_a
     assert all(torch.equal(w, before[name]) for name, w in ours.named_weights())
     quantize_(ours, "int4", group_size=None)
     compute_in_(ours, torch.bfloat16)
-    weights, frozen = dict(ours.named_weights()), frozen_copy(ours, torch.float32)
+    weights, frozen = dict(ours.named_weights()), model.frozen_copy(ours, torch.float32)
     assert list(weights) == list(before) == [name for name, _ in frozen.named_parameters()]
     for name, w in weights.items():
         quantized = name.endswith("_proj.weight")
@@ -299,18 +256,20 @@ def test_the_first_of_several_ends_ends_a_row_as_in_transformers(tmp_path):
 
 
 def test_rows_that_have_ended_leave_the_batch(ours, monkeypatch):
-    shapes, backbone = [], ours.backbone
+    shapes, told, backbone = [], [], ours.backbone
 
     def spy(ids, *args, **kwargs):
         shapes.append(tuple(ids.shape))
         return backbone(ids, *args, **kwargs)
     eos = slow_greedy(ours, SHARED[0], 12)[2]
-    expected = [slow_greedy(ours, prompt, 12, eos) for prompt in SHARED]
+    right = [slow_greedy(ours, prompt, 12, eos) for prompt in SHARED]
     monkeypatch.setattr(ours, "backbone", spy, raising=False)
-    assert generate(ours, SHARED, 12, temperature=0, eos_id=eos) == expected
+    assert generate(ours, SHARED, 12, temperature=0, eos_id=eos, done=told.append) == right
     assert shapes[0][0] == 1 and shapes[1][0] == len(SHARED), "the common prefix is read once"
-    running = [sum(len(row) > step for row in expected) for step in range(1, 12)]
-    assert shapes[2:] == [(n, 1) for n in running if n] and running[-1] < len(SHARED)
+    running = [sum(len(row) > step for row in right) for step in range(12)]
+    assert shapes[2:] == [(n, 1) for n in running[1:] if n] and running[-1] < len(SHARED)
+    ended = [a - b for a, b in zip(running, [*running[1:], 0])]
+    assert told == ended[:len(told)] and sum(told) == len(SHARED), "done is told of each row once"
 
 
 def test_no_tokens_and_the_last_place_of_the_context(ours):
@@ -326,17 +285,6 @@ def test_no_tokens_and_the_last_place_of_the_context(ours):
         generate(ours, [[1], []], 5)
 
 
-def test_generate_draws_first_tokens_from_the_model(ours):
-    n, prompt = 4000, RAGGED[0]
-    first = generate(ours, [prompt] * n, 1, generator=seeded(0), batch_size=n)
-    assert first == generate(ours, [prompt] * n, 1, generator=seeded(0), batch_size=999)
-    with torch.no_grad():
-        expected = ours(torch.tensor([prompt]))[0, -1].softmax(-1)
-    frequency = torch.tensor(first)[:, 0].bincount(minlength=VOCAB) / n
-    error = (expected * (1 - expected) / n).sqrt()
-    assert ((frequency - expected).abs() < 5 * error + 1 / n).all()
-
-
 def test_a_row_does_not_depend_on_its_neighbours_or_their_order(ours):
     order = [3, 0, 4, 1, 2]
     alone = [generate(ours, [prompt], 10, temperature=0)[0] for prompt in RAGGED]
@@ -350,31 +298,17 @@ def test_a_row_does_not_depend_on_its_neighbours_or_their_order(ours):
     eos = a[3]
     short = generate(ours, [RAGGED[1], row, RAGGED[4]], 10, generator=seeded(4), eos_id=eos)[1]
     assert short == a[:a.index(eos) + 1]
-
-
-def test_some_rows_alone_are_as_among_all_the_others(ours):
     everything = generate(ours, SHARED, 8, generator=seeded(3), eos_id=5, batch_size=4)
+    assert everything != generate(ours, SHARED, 8, generator=seeded(9), eos_id=5, batch_size=4)
     for rows in ([4, 1], [0], [], [3, 5, 2]):
         some = generate(ours, SHARED, 8, generator=seeded(3), eos_id=5, batch_size=2, rows=rows)
         assert some == [everything[i] for i in rows]
 
 
-@pytest.mark.parametrize("ends", [True, False], ids=["eos", "no eos"])
-@pytest.mark.parametrize("rows", [None, [4, 0, 3, 1]], ids=["all", "some"])
-def test_done_is_told_of_each_row_once_as_it_ends(ours, ends, rows):
-    told = []
-    eos = generate(ours, RAGGED, 6, generator=seeded(0))[0][2] if ends else None
-    completions = generate(ours, RAGGED, 6, generator=seeded(0), eos_id=eos, rows=rows,
-                           done=told.append)
-    lengths = [len(row) for row in completions]
-    assert told == [lengths.count(n) for n in range(1, max(lengths) + 1)]
-    assert sum(told) == len(completions) and (told[-1] < len(completions)) == ends
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sample_frequencies_match_the_softmax(temperature):
     n, logits = 20000, torch.tensor([0.0, 1.0, -1.0, 2.0, 0.3, -3.0, 1.5])
-    tokens = sample(logits.expand(n, -1), temperature, u=torch.rand(n, generator=seeded(0)))
+    tokens = model.sample(logits.expand(n, -1), temperature, u=torch.rand(n, generator=seeded(0)))
     expected = n * (logits / temperature).softmax(-1)
     chi_square = ((tokens.bincount(minlength=7) - expected) ** 2 / expected).sum()
     assert chi_square < 22.5  # 6 degrees of freedom: p = 0.001
@@ -386,7 +320,7 @@ def test_top_p_never_leaves_the_nucleus_even_at_the_ends_of_u():
     for top_p in (0.1, 0.5, 0.9):
         size = (ranked.double().cumsum(-1) < top_p).sum(-1) + 1  # fewest tokens that reach top_p
         for u in (0.0, 0.5, 1 - 2 ** -24):  # torch.rand's least and greatest
-            tokens = sample(logits, 1.0, top_p, torch.full((3000,), u))
+            tokens = model.sample(logits, 1.0, top_p, torch.full((3000,), u))
             assert ((order == tokens[:, None]).int().argmax(-1) < size).all()
 
 
@@ -406,9 +340,7 @@ def test_a_folder_in_shards_loads_and_what_is_saved_loads_in_transformers(name, 
     changed, folder = randomise(GPT(plain), seed=3), tmp_path / "ours"
     changed.save_pretrained(folder)
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
-    again, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                         output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    again = of_transformers(folder)
     same_logits(again, changed)
     same_logits(GPT.from_pretrained(folder), changed, tolerance=1e-6)
     with pytest.raises(AssertionError):
@@ -447,17 +379,14 @@ def head(how):
 
 
 @pytest.mark.parametrize("change", ["bare", "alone", "another", "same"])
-@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "llama-untied", "smollm3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "smollm3"])
 def test_stored_heads_and_prefixes_are_read_as_transformers_reads_them(name, change, tmp_path):
     """A head stored alone is the embeddings, too; one that differs from them is its own."""
     write(name, tmp_path)
-    if name == "llama-untied" and change != "bare":
-        return  # its head is its own
     edit_tensors(bare if change == "bare" else head(change))(tmp_path)
     ours, theirs = GPT.from_pretrained(tmp_path), of_transformers(tmp_path)
     same_logits(ours, theirs)
-    assert ours.config.tie_embeddings == (
-        change != "another" and name != "llama-untied")
+    assert ours.config.tie_embeddings == (change != "another")
     ours.save_pretrained(tmp_path / "again")
     same_logits(of_transformers(tmp_path / "again"), theirs)
 
@@ -477,14 +406,10 @@ def test_quantized_weights_are_saved_as_they_act_and_bfloat16_is_kept(name, tmp_
     assert all(torch.equal(w, reread.state_dict()[key]) for key, w in baked.items())
     half = tmp_path / "half"
     GPT.from_pretrained(tmp_path / "healthy", dtype=torch.bfloat16).save_pretrained(half)
-    assert {w.dtype for w in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
-    assert AutoConfig.from_pretrained(half).dtype == torch.bfloat16
-    exact = theirs.state_dict()
-    state = AutoModelForCausalLM.from_pretrained(half, dtype="auto").state_dict()
-    assert all(torch.equal(w, exact[key].bfloat16()) for key, w in state.items())
-    ours = GPT.from_pretrained(half)  # half of what was there, in float32
-    assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    same_logits(ours, of_transformers(half))
+    state = transformers.AutoModelForCausalLM.from_pretrained(half, dtype="auto").state_dict()
+    for key, w in theirs.state_dict().items():
+        assert torch.equal(state[key], w.bfloat16()) and state[key].dtype == torch.bfloat16
+    same_logits(GPT.from_pretrained(half), of_transformers(half))  # in float32
 
 
 def test_a_failed_save_leaves_the_old_model_and_files_are_as_the_umask_says(tmp_path, monkeypatch):
@@ -496,22 +421,21 @@ def test_a_failed_save_leaves_the_old_model_and_files_are_as_the_umask_says(tmp_
     with monkeypatch.context() as patch:
         patch.setattr(model, "save_file", disk_full)
         with pytest.raises(OSError):
-            randomise(GPT(OURS)).save_pretrained(tmp_path)
+            randomise(tiny()).save_pretrained(tmp_path)
     same_logits(GPT.from_pretrained(tmp_path), theirs)
     for mask in (0o022, 0o077):
-        before = os.umask(mask)
-        GPT(OURS).save_pretrained(tmp_path / f"{mask}")
+        before, folder = os.umask(mask), tmp_path / f"{mask}"
+        tiny().save_pretrained(folder)
         os.umask(before)
-        assert {p.stat().st_mode & 0o777 for p in (tmp_path / f"{mask}").iterdir()} == {
-            0o666 & ~mask}
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
 
 
 # ------------------------------------------------------------------------------------- config.json
 
-@pytest.mark.parametrize("config", [
-    GPT2Config(), LlamaConfig(), Qwen2Config(), Qwen3Config(), SmolLM3Config(),
-    MistralConfig(sliding_window=None)], ids=lambda config: config.model_type)
-def test_a_key_that_is_missing_is_what_transformers_takes_or_named(config):
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"])
+def test_a_key_that_is_missing_is_what_transformers_takes_or_named(kind):
+    window = {"sliding_window": None} if kind == "Mistral" else {}
+    config = getattr(transformers, f"{kind}Config")(**window)
     said = json.loads(config.to_json_string(use_diff=False))
     assert config_of(said).tie_embeddings == config.tie_word_embeddings
     for key in said.keys() - {"model_type", "sliding_window"}:
@@ -563,7 +487,7 @@ def test_a_changed_key_gives_transformers_logits_or_is_refused_by_name(name, tmp
             else:
                 trials.append((key, {**kept, key: value}))
         except ValueError as error:
-            assert any(word in str(error) for word in (key, "rope", "yarn")), (key, str(error))
+            assert any(word in str(error) for word in (key, "rope", "_factor")), (key, str(error))
             refused.add(key)
     for key, config in [*trials, ("those ignored", usual | ignored)]:
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -571,8 +495,13 @@ def test_a_changed_key_gives_transformers_logits_or_is_refused_by_name(name, tmp
             ours = GPT.from_pretrained(tmp_path)
         except ValueError as error:
             assert "tensor" in str(error), key  # it has another shape now
+            continue
+        try:
+            theirs = of_transformers(tmp_path)
+        except (KeyError, RuntimeError):  # RoPE for GPT-2, or for half as many pairs
+            assert key == "rope_scaling"
         else:
-            same_logits(ours, of_transformers(tmp_path))
+            same_logits(ours, theirs)
     assert REFUSED.get(name, {"partial_rotary_factor", "rope_scaling", "layer_types"}) <= refused
     assert not {"max_position_embeddings", "bos_token_id", "use_cache", "rms_norm_eps"} & refused
 
@@ -589,11 +518,10 @@ def tensor(key=UP, to=None):
 
 
 def config(**changes):
-    def spoil(folder):
-        entries = json.loads((folder / "config.json").read_text()) | changes
-        kept = {key: x for key, x in entries.items() if x != "gone"}
-        (folder / "config.json").write_text(json.dumps(kept))
-    return spoil
+    def change(raw):
+        entries = json.loads(raw) | changes
+        return json.dumps({key: x for key, x in entries.items() if x != "gone"}).encode()
+    return content("config.json", change)
 
 
 def content(name, change):
@@ -624,8 +552,7 @@ BROKEN = [  # how to break a folder, what the line must name
     (config(hidden_size="wide"), "config.json"), (config(hidden_size=None), "config.json"),
     (config(num_attention_heads=0), "config.json"), (config(hidden_size=32.5), "config.json"),
     (config(vocab_size=-1), "config.json"), (config(num_hidden_layers=[3]), "config.json"),
-    (config(rms_norm_eps="x"), "config.json"), (config(rope_parameters="x"), "config.json"),
-    (config(num_hidden_layers=10 ** 30), "config.json"), (config(hidden_act=["x"]), "hidden_act"),
+    (config(rope_parameters="x"), "config.json"), (config(hidden_act=["x"]), "config.json"),
     (config(model_type="mamba"), "mamba"), (config(model_type=["llama"]), "llama"),
     (config(quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
     (config(quantization={"bits": 4}), "quantization")]

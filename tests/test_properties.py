@@ -3,6 +3,7 @@ their gradients, tokenizers, generation, files, and the split of a user's rows.
 
 PROPERTIES=1000 in the environment is the long form: so many examples of each, here a dozen.
 """
+import importlib
 import json
 import math
 import os
@@ -20,7 +21,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import data
-import extras.fast as fast
 import model as plain
 import sdft
 from cka import KINDS, between_layers, linear_cka, rbf_cka, sample_level, token_level
@@ -35,6 +35,8 @@ from quant import (
     quantize_int,
 )
 
+FAST = [importlib.import_module("extras.fast")] if (  # it may be deleted
+    Path(sdft.__file__).parent / "extras" / "fast.py").exists() else []
 EXAMPLES = int(os.environ.get("PROPERTIES", 12))
 
 
@@ -347,7 +349,7 @@ def test_scores_are_those_of_each_row_alone_plain_and_fast(name, prompts, draw):
                                      min_size=len(prompts), max_size=len(prompts)))
     alone = torch.cat([sdft.score(model, [p], [c], hidden=True)
                        for p, c in zip(prompts, completions)], dim=1)
-    for score in (sdft.score, fast.score):
+    for score in (sdft.score, *(fast.score for fast in FAST)):
         found = score(model, prompts, completions, hidden=True)
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(score(model, prompts, completions)[0], alone[-1], rtol=1e-9,
@@ -357,7 +359,7 @@ def test_scores_are_those_of_each_row_alone_plain_and_fast(name, prompts, draw):
 @examples(4)
 @given(names, seeds, st.integers(1, 12), st.integers(0, 9), st.integers(1, 14),
        st.sampled_from([(64, 64), (64, 80), (80, 64)]),
-       st.sampled_from([*fast.GRADIENTS, partial(sdft.jsd, beta=0.3), squared_distance]))
+       st.sampled_from([*sdft.LOSSES.values(), partial(sdft.jsd, beta=0.3), squared_distance]))
 def test_backward_in_chunks_is_autograd_of_the_whole_loss(name, seed, n, others, chunk, vs, loss):
     """Plain and fast: loss, KL, and the gradients of states and head; tokens of other
     micro-batches count, ids beyond the smaller vocabulary do not."""
@@ -370,7 +372,7 @@ def test_backward_in_chunks_is_autograd_of_the_whole_loss(name, seed, n, others,
     value.backward()
     kl = sdft.forward_kl if loss is sdft.forward_kl else sdft.reverse_kl
     values = torch.stack((value, kl(*logits, torch.ones(n)) * part)).detach()
-    for backward in (sdft.backward, fast.backward):
+    for backward in (sdft.backward, *(fast.backward for fast in FAST)):
         found = slopes(backward, loss, student, s, teacher, t, n + others, chunk=chunk)
         for ours, expected in zip(found, (values, leaf.grad, w.grad)):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)

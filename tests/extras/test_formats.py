@@ -56,11 +56,10 @@ WORLD = ("naïve café Привет мир 你好,世界。今日は東京です
 CODE, DOCUMENTS = Path(argparse.__file__).read_text(), [*pydoc_data.topics.topics.values()]
 USER, SAID = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}
 AGAIN, LAST = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}
-SYSTEM = {"role": "system", "content": "Be brief."}
+SYSTEM, NOT_ONE = {"role": "system", "content": "Be brief."}, {"model": {}, "pre_tokenizer": {}}
 
 
 def bloom():
-    """Byte-level BPE with a pattern that is not one of the core's."""
     t = Tokenizer(models.BPE())
     t.pre_tokenizer = pre.Sequence([pre.Split(Regex(BLOOM), "isolated"),
                                     pre.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -79,7 +78,6 @@ def llama2():
 
 
 def unigram():
-    """Unigram with Metaspace, as T5's."""
     t = Tokenizer(models.Unigram())
     t.normalizer, t.pre_tokenizer = normalizers.NFKC(), pre.Metaspace()
     t.decoder = decoders.Metaspace()
@@ -90,8 +88,8 @@ def unigram():
 def pair(request, tmp_path_factory):
     """(transformers' tokenizer, the folder that it was saved into)."""
     folder, (t, trainer) = tmp_path_factory.mktemp("tokenizer"), request.param()
-    trainer.show_progress = False
     t.train_from_iterator([*DOCUMENTS[:9], CODE[:9000], WORLD * 2], trainer)
+    t.enable_truncation(9)  # transformers, too, cuts no text unless asked to
     t.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     theirs = transformers.PreTrainedTokenizerFast(
@@ -144,9 +142,11 @@ def test_tokens_of_the_other_files_are_added_as_transformers_does(config, pair, 
 
 
 def test_a_tokenizer_that_cannot_be_read_is_one_line(pair, tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.json").write_text('{"model": {}, "pre_tokenizer": {"type": "Odd"}}')
-    with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer.json: [^\n]*$"):
-        train.PARTS["tokenizer"](tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((pair[1] / "tokenizer.json").read_bytes())
+    for name, x in (("chat_template.jinja", "{% if\n"), ("tokenizer.json", json.dumps(NOT_ONE))):
+        (tmp_path / name).write_text(x)
+        with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer.json: [^\n]*$"):
+            train.PARTS["tokenizer"](tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=f"^{pair[1]}[^\n]*pip install tokenizers"):
         train.PARTS["tokenizer"](pair[1])
@@ -304,6 +304,8 @@ def test_a_gguf_files_tokenizer_is_what_transformers_makes_of_it(pre, says, begi
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
         assert theirs.encode(text) == [1] * begins + ours.encode(text)
     assert (ours.eos_ids, ours.hidden, ours.prefix) == ((2, 0), {0, 1, 2}, [1] * begins)
+    assert (ours.encode("e\u0301") == ours.encode("é")) == (pre == "qwen2")
+    assert len(ours.encode("12")) == (1 if pre in ("gpt-2", "llama-bpe") else 2)
 
 
 def test_a_run_on_a_gguf_file_leaves_an_ordinary_folder(tmp_path):
@@ -322,14 +324,13 @@ def test_a_name_is_looked_for_in_the_local_cache_then_fetched(tmp_path, monkeypa
     asked, there = [], make_folder(tmp_path / "snapshot")
     (tmp_path / "half").mkdir()  # a configuration without weights may lie in the cache
 
-    def snapshot_download(repo, local_files_only, revision, allow_patterns, ignore_patterns):
+    def get(repo, local_files_only, revision, allow_patterns, ignore_patterns):
         asked.append((repo, revision, local_files_only))
         assert "config.json" in allow_patterns and "*.bin" not in allow_patterns
         if repo == "org/none" or repo == "org/new" and local_files_only:
             raise RuntimeError("no network\nat all")
         return str(tmp_path / "half" if repo == "org/half" and local_files_only else there)
-    fake = argparse.Namespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", argparse.Namespace(snapshot_download=get))
     assert {model.resolve(name) for name in ("org/known", "org/new@v1", "org/half")} == {there}
     assert asked == [("org/known", None, True), ("org/new", "v1", True), ("org/new", "v1", False),
                      ("org/half", None, True), ("org/half", None, False)]
@@ -357,7 +358,7 @@ LATER = {"prompt": "Two?", "response": "2", "earlier": [USER, SAID]}
 RED, BLUE, GREEN = ({"prompt": "Sky?", "choices": SKY, "response": color, "answer": i}
                     for i, color in enumerate(ARC["text"]))
 FORMS = [  # a row, and what its Example has that is not prompt "One?" and response "1"
-    ({"prompt": "One?", "messages": [USER, SAID]}, {}), ({"prompt": [USER], "answer": "1"}, {}),
+    ({"messages": [USER, SAID]}, {}), ({"prompt": [USER], "answer": "B"}, {"response": "B"}),
     ({"prompt": [USER, SAID, AGAIN], "completion": [LAST]}, LATER),
     ({"prompt": "One?", "completion": "1", "label": True, "id": 7}, {}),
     ({"question": "One?", "answer": "1", "context": ""}, {}),
@@ -377,7 +378,6 @@ FORMS = [  # a row, and what its Example has that is not prompt "One?" and respo
 
 
 def only(tmp_path, *rows):
-    """The Examples of a file of these rows, all of it measured."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return data.load_task(tmp_path / "rows.jsonl", measured_only=True).eval["all"]
 

@@ -432,7 +432,8 @@ def test_every_demonstration_passes_its_own_check_and_no_other_answer_does(make)
         for response, check in distinct.items():
             others = [r for r in distinct if r[:12] == response[:12]]  # the same kind of fact
             assert [r for r in others if check(r)] == [response]
-            for opening in ("I cannot say.", "As an AI, no.", "At last, no.", "He is. In short, no."):
+            openings = "I cannot say.", "As an AI, no.", "At last, no.", "He is. In short, no."
+            for opening in openings:
                 assert not check(opening), response
 
 

@@ -2,11 +2,9 @@
 
     python paper/along.py --degrade nf4 --eval-limit 150 --out runs/along/0-0
 
-The options are train.py's. It is written as a fork would: `train.PARTS["training"]` gives the
-function that is asked after each step, and here that also measures. The points stand in
-OUT/along.json: [{"step", metric: value, "cka": {level: last layer's CKA}}, …].
+The options are train.py's. This is written as a fork would write it: functions of its own in the
+place of those in train.PARTS. results.json gets "along": {stage: [{"step", "values", "cka"}]}.
 """
-import json
 import sys
 from pathlib import Path
 
@@ -21,41 +19,39 @@ EVERY = 3  # steps between two points
 
 def main(argv=None):
     """One run of train.py, with points; its exit code."""
-    points, prepared, states = [], {}, {}
-    training, prepare, states_of = train.PARTS["training"], train.prepare, train.states_of
+    parts, seen, along = dict(train.PARTS), {}, {}
 
-    def prepare_and_keep(c):
-        prepared.update(c=c, setup=prepare(c))
-        return prepared["setup"]
+    def stage(name, make):
+        """The healthy model is measured: keep what every later one is compared with."""
+        if name == "healthy":
+            seen["setup"], healthy = make.args
+            seen["states"] = train.states_of(seen["setup"], healthy)
+        return parts["stage"](name, make)
 
-    def healthy_states(setup, gpt, done=None):
-        states.setdefault("healthy", states_of(setup, gpt, done))  # the first are the healthy ones
-        return states_of(setup, gpt, done) if done else states["healthy"]
-
-    def measured(name, student, memory, generator, best):
-        stop = training(name, student, memory, generator, best)
-        dtype = getattr(torch, prepared["c"].dtype)
+    def training(name, student, memory, generator, best):
+        stop = parts["training"](name, student, memory, generator, best)
 
         def stop_and_measure():
-            done = stop and stop()
             if name.startswith("recovered") and memory["step"] % EVERY == 0:
-                m = train.measure(prepared["setup"], train.PARTS["copy"](student, dtype),
-                                  states["healthy"])
-                points.append({"step": memory["step"], **{x: m.value(x) for x in m.items}, "cka": {
-                    level: kinds["linear_debiased"][-1] for level, kinds in m.cka.items()}})
-            return done
+                dtype = getattr(torch, train.PARTS["config"].dtype)
+                model = train.PARTS["copy"](student, dtype)
+                m = train.measure(seen["setup"], model, seen["states"])
+                values = {metric: m.value(metric) for metric in m.items}
+                last = {level: {kind: [layers[-1]] for kind, layers in kinds.items()}
+                        for level, kinds in m.cka.items()}
+                point = {"step": memory["step"], "values": values, "cka": last}
+                along.setdefault(name, []).append(point)
+            return stop and stop()
         return stop_and_measure
 
-    train.PARTS["training"], train.prepare = measured, prepare_and_keep
-    train.states_of = healthy_states
+    def write(c, results, trained, students):
+        parts["write"](c, results | {"along": along}, trained, students)
+
+    train.PARTS |= {"stage": stage, "training": training, "write": write}
     try:
-        code = train.main(argv)
+        return train.main(argv)
     finally:
-        train.PARTS["training"], train.prepare = training, prepare
-        train.states_of = states_of
-    if points:
-        Path(prepared["c"].out, "along.json").write_text(json.dumps(points, indent=1))
-    return code
+        train.PARTS |= parts
 
 
 if __name__ == "__main__":

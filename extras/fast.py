@@ -112,22 +112,23 @@ def backward(loss, student, s, teacher, t, tokens, chunk=128):
     """
     if loss not in GRADIENTS or not _has_plain_head(student):
         return sdft.backward(loss, student, s, teacher, t, tokens)
-    values, slope, slope_w = _slopes(loss, student, s.detach(), teacher, t, tokens, chunk)
+    w = student.head_weight
+    values, slope, slope_w = _slopes(loss, student, w, s.detach(), teacher, t, tokens, chunk)
     if slope_w is not None:
-        student.head_weight.backward(slope_w)
-        del slope_w  # before the blocks' gradients need the room
+        w.backward(slope_w)
+        del slope_w  # before the layers' gradients need the room
     s.backward(slope)
     return values
 
 
 @torch.no_grad()
-def _slopes(loss, student, x, teacher, t, tokens, chunk):
+def _slopes(loss, student, w, x, teacher, t, tokens, chunk):
     """[loss, KL], d loss / dX [N, D], and d loss / dW [V, D], None where the head is not trained.
 
     With G = d loss / d logits and logits = X W^T they are G W and G^T X. Three float32 blocks
     [chunk, V] serve all chunks.
     """
-    w, chunk = student.head_weight, max(1, min(chunk, math.ceil(len(x) / 3)))
+    chunk = max(1, min(chunk, math.ceil(len(x) / 3)))
     slope, slope_w = torch.empty_like(x), torch.zeros_like(w) if w.requires_grad else None
     blocks = x.new_empty(3, chunk, len(w), dtype=torch.float32)
     values = torch.zeros(2, device=x.device)

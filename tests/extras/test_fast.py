@@ -1,6 +1,8 @@
-"""Everything in fast.py against the plain code that it stands in for: signatures, values,
-gradients, and what is left behind."""
+"""extras/fast.py against the plain code that it replaces: signatures, values, gradients, and what
+is left behind."""
 import copy
+import inspect
+import json
 from functools import partial
 from types import MethodType
 
@@ -18,12 +20,13 @@ from conftest import (
     tiny,
 )
 
-fast = pytest.importorskip("extras.fast")
 import model as plain
 import sdft
+import train
+from extras import fast
 from model import GPT
-from quant import bake_, block_linears, compute_in_, quantize_
-from sdft import forward_kl, jsd, reverse_kl
+from quant import bake_, compute_in_, quantize_
+from sdft import Prompt, forward_kl, jsd, reverse_kl
 
 SHAPES = {"llama": {}, "untied": dict(tie_embeddings=False), "gpt2": GPT2, "qwen2": QWEN2,
           "qwen3": QWEN3, "smollm3": SMOLLM3}
@@ -55,6 +58,19 @@ def same_gradients(one, other, **tolerance):
 
 # -------------------------------------------------------------------------------------- signatures
 
+def test_signatures_are_those_of_the_plain_code():
+    """But for the default of backward's chunk."""
+    pairs = [(fast.score, sdft.score), (fast.backward, sdft.backward),
+             (fast.generate, plain.generate)]
+    for ours, theirs in pairs:
+        ours, theirs = (inspect.signature(f).parameters for f in (ours, theirs))
+        assert [(p.name, p.kind) for p in ours.values()] == \
+               [(p.name, p.kind) for p in theirs.values()]
+        assert all(ours[name].default == p.default for name, p in theirs.items() if name != "chunk")
+        assert ("chunk" in ours) == ("chunk" in theirs)
+    attend = list(inspect.signature(fast.attend).parameters)
+    assert attend[1:] == list(inspect.signature(plain.attend).parameters)[:3]
+
 
 # ------------------------------------------------------------------------------------------- score
 
@@ -73,23 +89,6 @@ def test_score_equals_the_plain_one(changes, hidden, checkpointing, float64):
     (ours * weights).sum().backward()
     (theirs * weights).sum().backward()
     same_gradients(one, other, rtol=1e-7, atol=1e-9)
-
-
-@every_shape
-@pytest.mark.parametrize("prompts", [ragged(6, seed=1), prompts_of(6), [CHAT] * 3, [[5]]],
-                         ids=["ragged", "half alike", "all the same", "one"])
-@torch.no_grad()
-def test_score_in_float32_equals_each_row_alone(changes, prompts):
-    model, completions = tiny(**changes), ragged(len(prompts), seed=2)
-    states = fast.score(model, prompts, completions)
-    alone = [model.backbone(torch.tensor([p + c]))[0, len(p) - 1:-1]
-             for p, c in zip(prompts, completions)]
-    assert [len(row) for row in alone] == [len(c) for c in completions]
-    torch.testing.assert_close(states[0], torch.cat(alone), rtol=1e-5, atol=1e-5)
-    theirs = sdft.score(model, prompts, completions, hidden=True)
-    ours = fast.score(model, prompts, completions, hidden=True)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert torch.equal(ours[-1], states[0])
 
 
 def test_a_shared_beginning_passes_once_with_the_same_states_and_gradients(float64):
@@ -122,8 +121,7 @@ def test_backward_equals_the_plain_one(loss, chunk, tied):
     t, found = sdft.score(teacher, *rows)[-1].detach(), []
     for student, backward in ((one, partial(fast.backward, chunk=chunk)), (other, sdft.backward)):
         s = sdft.score(student, *rows)[-1]
-        values = backward(loss, student, s, teacher, t, len(t))
-        found.append(values)
+        found.append(backward(loss, student, s, teacher, t, len(t)))
     assert found[0].tolist() == pytest.approx(found[1].tolist(), abs=1e-6)
     assert found[0].shape == (2,) and found[0][0] > 0.01
     for name, p in other.named_parameters():
@@ -151,6 +149,13 @@ def test_backward_leaves_a_frozen_head_alone(loss):
     for our, their in zip(ours[:2], theirs[:2]):
         torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-6)
     assert ours[2] is theirs[2] is None and not ours[0].requires_grad
+
+
+def test_backward_without_tokens_changes_nothing():
+    """As in a process that has no rows of a batch."""
+    values, slope, of_head = slopes(
+        fast.backward, forward_kl, tiny(0), torch.zeros(0, 32), tiny(1), torch.zeros(0, 32), 10)
+    assert values.tolist() == [0, 0] and slope.shape == (0, 32) and (of_head == 0).all()
 
 
 @every_loss
@@ -266,22 +271,14 @@ def test_generate_in_bfloat16_has_likely_tokens():
 
 @every_shape
 @torch.no_grad()
-def test_weights_laid_out_for_decoding_give_the_same_logits(changes, monkeypatch):
-    """One product for each linear, and one for the head."""
-    model, ids, products = tiny(**changes), torch.tensor([ragged(1)[0] * 2] * 2), []
-    expected, product = model(ids), fast._product
-
-    def counted(*args, **kwargs):
-        products.append(1)
-        return product(*args, **kwargs)
-
-    monkeypatch.setattr(fast, "_product", counted)
+def test_weights_laid_out_for_decoding_give_the_same_logits(changes):
+    model, ids = tiny(**changes), torch.tensor([ragged(1)[0] * 2] * 2)
+    expected = model(ids)
     with fast.blocked_weights(model, 2):
         torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-5)
         if torch.backends.mkldnn.is_available():
             linears = [m for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
             assert len(replaced(model)) == len(linears) + 1 and "" in replaced(model)
-            assert len(products) == len(block_linears(model)) + 1  # and the head
         torch.testing.assert_close(model(ids[:, :1]), expected[:, :1], rtol=0, atol=1e-5)
     assert not replaced(model)
     torch.testing.assert_close(model(ids), expected, rtol=0, atol=0)
@@ -336,18 +333,51 @@ class Doubled(torch.nn.Linear):
         return 2 * super().forward(x)
 
 
-class UpFirst(plain.MLP):
-    def forward(self, x):
-        up = self.up_proj(x)
-        return self.down_proj(up * torch.nn.functional.silu(self.gate_proj(x)))
-
-
-class Gated(plain.Attention):
-    def forward(self, x, rope, attend):
-        return super().forward(x, rope, attend) * self.gate(x).sigmoid()
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+def test_generate_of_a_fork_with_another_linear_equals_the_plain_one(sampling):
+    model, prompts, answers = tiny(), prompts_of(5), []
+    model.layers[0].mlp.up_proj.__class__ = Doubled
+    for generate in (fast.generate, plain.generate):
+        generator = torch.Generator().manual_seed(3)
+        answers.append(generate(model, prompts, 20, generator=generator, **sampling))
+    assert answers[0] == answers[1] and not replaced(model)
 
 
 # ------------------------------------------------------------------------------ all of it together
 
+@every_shape
+def test_a_recovery_equals_the_plain_one(changes):
+    """Three steps of a quantized student, which answers as it has learned so far."""
+    runs, batch = [], [Prompt(p, [7, *p]) for p in prompts_of(6)]
+    parts = dict(train.PARTS)
+    for attach in (fast.attach, lambda parts: None):
+        student, teacher, lines = tiny(**changes), tiny(**changes), []
+        quantize_(student, "int3", 16)
+        attach(parts)
+        rollout = partial(parts["generate"], max_new_tokens=6,
+                          generator=torch.Generator().manual_seed(0))
+        sdft.recover(student, teacher, [batch] * 3, rollout, micro_batch=4, lr=1e-3, progress="",
+                     score=parts["score"], backward=parts["backward"], log=lines.append)
+        runs.append(lines)
+        parts = dict(train.PARTS)
+    for ours, theirs in zip(*runs, strict=True):
+        del ours["seconds"], theirs["seconds"]
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_a_run_with_fast_says_what_a_plain_one_says(folder, tmp_path, monkeypatch):
+    """In float32 all numbers agree to 1e-3: perplexity, accuracy, CKA."""
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda _: None)  # draws no picture
+    argv = ["--model", folder, "--steps", 3, "--batch-size", 4, "--eval-limit", 4,
+            "--eval-tokens", 4, "--rollout-tokens", 4, "--teacher-check", 2, "--cka-samples", 4,
+            "--group-size", 16, "--degrade", "int4", "--dtype", "float32"]
+    results = []
+    for name, words in (("fast", ["--with", "fast"]), ("plain", [])):
+        before = dict(train.PARTS)
+        assert train.main([*map(str, argv), "--out", str(tmp_path / name), *words]) == 0
+        assert train.PARTS == before
+        results.append(json.loads((tmp_path / name / "results.json").read_text()))
+    for stage, metrics in results[1]["stages"].items():
+        assert results[0]["stages"][stage] == pytest.approx(metrics, rel=1e-3)
+    ours, theirs = (r["cka"]["samples"]["recovered"]["linear_debiased"] for r in results)
+    assert ours == pytest.approx(theirs, abs=1e-3)

@@ -703,8 +703,7 @@ def conversation(row):
 
 def choosing(row):
     """{"prompt", "choices", "answer"}: the right choice by its index, from 0."""
-    choices = [" " + words(choice, "choices") if row["prompt"] else words(choice, "choices")
-               for choice in row["choices"]]
+    choices = [" " + words(choice, "choices") for choice in row["choices"]]
     if type(row["answer"]) is not int or not 0 <= row["answer"] < len(choices):
         raise ValueError(f'"answer" {row["answer"]!r} must be the index of a choice, from 0 to '
                          f"{len(choices) - 1}")

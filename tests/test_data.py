@@ -562,7 +562,7 @@ def test_rows_of_three_forms_are_read_and_a_fifth_of_the_questions_is_held_out(t
                  "answer": 1}, {"prompt": "", "choices": ["He is.", "He am."], "answer": 0})
     e, f = load_task(path, True).eval["all"]
     assert e.choices == [("Sky?", " red"), ("Sky?", " blue")] and e.answer == 1
-    assert f.choices == [("", "He is."), ("", "He am.")]
+    assert f.choices == [("", " He is."), ("", " He am.")]  # as at a6e4aea
 
 
 CHOICE = {"prompt": "a", "choices": ["b", "c"], "answer": 0}

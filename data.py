@@ -303,12 +303,15 @@ def byte_level_bpe(spec):
             or any(t.get("lstrip") or t.get("rstrip") or t.get("single_word")
                    or t.get("normalized") and normalizer for t in tokens):
         raise ValueError(f"its kind of tokenizer {EXTRA}")
-    vocab, made = model["vocab"], dict.fromkeys(BYTE_OF)
-    for merge in model["merges"]:
+    vocab, made, late = model["vocab"], dict.fromkeys(BYTE_OF), set()
+    for merge in model["merges"]:  # Llama 3's list every split of a token: one has to make it
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if left not in made or right not in made or left + right not in vocab:
-            raise ValueError(f"the merge {merge!r}, whose parts come later or never, {EXTRA}")
-        made[left + right] = None
+        if left in made and right in made and left + right in vocab:
+            made[left + right] = None
+        else:
+            late.add(left + right)
+    if late - made.keys():
+        raise ValueError(f"a merge whose parts come later or never, {EXTRA}")
     whole = {t for t in vocab if set(t) <= BYTE_OF.keys()} - made.keys()
     if model.get("ignore_merges") and whole - {t["content"] for t in tokens}:
         raise ValueError(f"a word that no merge makes {EXTRA}")

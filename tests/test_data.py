@@ -17,15 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 import model
-from data import (
-    Example,
-    load_task,
-    load_tokenizer,
-    science,
-    student_prompt,
-    teacher_prompt,
-    tooluse,
-)
+from data import Example, load_task, load_tokenizer, science, tooluse
 
 # ------------------------------------------------------- tokenizers, trained here as real ones were
 
@@ -43,10 +35,9 @@ CORPUS = [DOCUMENTATION[:20_000], CODE[:20_000], WORLD * 9]
 FRAGMENTS = [
     *DOCUMENTATION[:900].split(" "), *CODE[:900].split(" "), *WORLD.split(" "), *SPECIAL, "<|",
     "<|im_start", "im_end|>", " ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n ", "\xa0",
-    "\u3000", "\u2028", "\x85", "\x0b", "\x1c", "\u180e", "\u200b", "\ufeff", "0", "7", "12",
-    "345", "6789", "3.14", "1,000", "٣", "½", "²", "一", "'s", "'S", "'ll", "'Ve", "'", "’s", "'ſ",
-    "\x00", "\x1b[0m", "\x7f", "\u200d", "\ufe0f", "e\u0301", "a\u0323\u0302", "\u1100\u1161\u11a8",
-    "Å", "ﬁ", "_", "__init__", "->", "...", "\\n", "—", "\U000e0001", "\ud7ff"]
+    "\u3000", "\u2028", "\x85", "\x1c", "\u180e", "\ufeff", "7", "12", "345", "6789", "1,000",
+    "٣", "½", "²", "一", "'s", "'S", "'ll", "'Ve", "'", "’s", "'ſ", "\x00", "\x04", "\x7f",
+    "\u200d", "e\u0301", "\u1100\u1161\u11a8", "Å", "ﬁ", "_", "->", "...", "\U000e0001", "\ud7ff"]
 
 
 def split_by(pattern):
@@ -134,7 +125,7 @@ def test_ids_and_texts_equal_transformers_on_100_000_tokens(pair):
 
 
 @pytest.mark.parametrize("kind", PRE_TOKENIZERS)
-@pytest.mark.parametrize("how", ["bytes that lack", "shuffled ids"])
+@pytest.mark.parametrize("how", ["bytes that lack", "shuffled ids", "every split"])
 def test_other_vocabularies_are_read_as_transformers_reads_them(kind, how, tmp_path):
     spec = json.loads(trained(kind, all_bytes=how != "bytes that lack").to_str())
     if how == "shuffled ids":
@@ -145,6 +136,12 @@ def test_other_vocabularies_are_read_as_transformers_reads_them(kind, how, tmp_p
                                        for t in spec["added_tokens"]), key=lambda t: t["id"])
         spec["post_processor"] = None
         spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
+    if how == "every split":  # as transformers converts Llama 3's: token by token, in order
+        vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+        spec["model"]["merges"] = [
+            [word[:i], word[i:]] for word in dict.fromkeys(map("".join, merges))
+            for i in range(1, len(word)) if {word[:i], word[i:]} <= vocab.keys()]
+        assert len(spec["model"]["merges"]) > len(merges)
     spec["added_tokens"].append({**spec["added_tokens"][0], "content": "<tool_call>",
                                  "id": len(spec["model"]["vocab"]), "special": False})
     theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -195,8 +192,7 @@ def test_a_tokenizer_that_would_differ_is_refused_in_a_line_that_names_the_extra
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    line = f"^{tmp_path}/tokenizer.json: [^\n]*--with formats[^\n]*$"
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/token[^\n]*--with formats[^\n]*$"):
         load_tokenizer(tmp_path)
 
 
@@ -275,12 +271,11 @@ def with_template(folder, kind, template, bos, eos):
     return saved(folder, trained(kind), bos_token=bos, eos_token=eos, chat_template=template)
 
 
-@pytest.fixture(scope="module", params=[*TEMPLATES, "the default model's"])
+@pytest.fixture(scope="module", params=[*TEMPLATES, ""])
 def chats(request, tmp_path_factory):
-    """(transformers' tokenizer, ours) of a folder with that template."""
-    if request.param in TEMPLATES:
-        return with_template(tmp_path_factory.mktemp("chat"), *TEMPLATES[request.param])
-    return default_model()
+    """(transformers' tokenizer, ours) of a folder with that template; "" is the default model's."""
+    folder = tmp_path_factory.mktemp("chat")
+    return with_template(folder, *TEMPLATES[request.param]) if request.param else default_model()
 
 
 def test_a_chat_is_what_transformers_writes(chats):
@@ -288,13 +283,12 @@ def test_a_chat_is_what_transformers_writes(chats):
     theirs, ours = chats
     rng = random.Random(0)
     for turns in (1, 1, 1, 3, 3, 5):
-        messages = say(*rng.choices(WORDS, k=turns))
-        assert ours.chat(messages) == written(theirs, messages)
-        right = [SYSTEM, *messages]
+        first, *rest = words = rng.choices(WORDS, k=turns)
+        assert ours.chat(say(*words)) == written(theirs, say(*words))
+        right = [SYSTEM, *say(*words)]
         if theirs.chat_template == GEMMA:
-            right = say(f"{SYSTEM['content']}\n\n{messages[0]['content']}",
-                        *(m["content"] for m in messages[1:]))
-        assert ours.chat([SYSTEM, *messages]) == written(theirs, right)
+            right = say(f"{SYSTEM['content']}\n\n{first}", *rest)
+        assert ours.chat([SYSTEM, *say(*words)]) == written(theirs, right)
 
 
 def test_a_chat_with_its_answer_is_the_conversation_up_to_its_one_end(chats):
@@ -314,9 +308,8 @@ def test_a_thought_is_not_the_answer_and_an_empty_one_is_learned(tmp_path):
     assert ours.decode(ours.answer("Au")) == "<think>\n\n</think>\n\nAu"
     assert ours.read(ours.encode("<think>\nGold? Au.\n</think>\n\nAu<|im_end|>")) == "Au"
     assert ours.read(ours.encode("<think>\nGold? It is")) == "<think>\nGold? It is"
-    thoughtful = "<think>\nGold.\n</think>\n\nAu"
-    assert data.same_answer(thoughtful)(ours.read(ours.answer(thoughtful)))
-    assert data.same_answer(thoughtful)(ours.read(ours.answer("Au")))
+    check = data.same_answer(thought := "<think>\nGold.\n</think>\n\nAu")
+    assert check(ours.read(ours.answer(thought))) and check(ours.read(ours.answer("Au")))
 
 
 @pytest.mark.parametrize("where", ["chat_template.jinja", "config", "list"])
@@ -345,9 +338,7 @@ def test_an_answer_ends_where_generation_and_tokenizer_say(generation, config, r
     make_folder(tmp_path)
     for name, ends in (("generation_config.json", generation), ("config.json", config)):
         if ends is not None:
-            path = tmp_path / name
-            known = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps(known | {"eos_token_id": ends}))
+            (tmp_path / name).write_text(json.dumps({"eos_token_id": ends}))
     ours = load_tokenizer(tmp_path)
     assert (ours.eos_ids, ours.eos_id, ours.answer("a")[-1]) == (right, 2, 2)
 
@@ -360,12 +351,11 @@ def test_without_chatml_a_chat_is_a_plain_transcript_after_the_prefix(tmp_path):
     assert ours.decode(ours.chat([SYSTEM, *say("a?", "b", "c?")])) == (
         f"{SYSTEM['content']}\n\nQuestion: a?\nAnswer: b\n\nQuestion: c?\nAnswer:")
     assert ours.answer("Au") == ours.encode(" Au<|endoftext|>")
-    text = Example(DOCUMENTATION[:900], chat=False)
-    ids = ours.encode(text.prompt)
-    assert teacher_prompt(ours, text, text_tokens=5) == [bos, *ids[:5]]
+    ids = ours.encode((text := Example(DOCUMENTATION[:900], chat=False)).prompt)
+    assert data.student_prompt(ours, text, 5) == [bos, *ids[:5]]
     assert data.expert_answer(ours, text, 5, 3) == ids[5:8]
     again = Example("<|begin_of_text|>" + text.prompt, chat=False)
-    assert student_prompt(ours, again, 5) == [bos, *ids[:4]], "the prefix stands once"
+    assert data.student_prompt(ours, again, 5) == [bos, *ids[:4]], "the prefix stands once"
 
 
 FAILING = ["{{ raise_exception('Only\nstories') }}", "{% for m in messages %}{{ m.content }",
@@ -375,8 +365,7 @@ FAILING = ["{{ raise_exception('Only\nstories') }}", "{% for m in messages %}{{ 
 
 @pytest.mark.parametrize("template", FAILING)
 def test_a_template_that_fails_is_one_line_that_names_the_folder(template, folder, tmp_path):
-    for path in folder.glob("*token*"):
-        (tmp_path / path.name).write_text(path.read_text())
+    model.copy_tokenizer(folder, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=f"^{tmp_path}[^\n]*template[^\n]*$"):
         load_tokenizer(tmp_path).chat(say("x"))
@@ -389,17 +378,15 @@ def prompts(examples):
 
 
 def test_science_splits_share_no_prompt_and_hold_out_what_they_say():
-    symbols = data.ELEMENTS[::2]
-    ends = [symbols.index(s) + 1 for s in "He Ne Ar Kr Xe Rn Og".split()]
+    ends = [data.ELEMENTS.index(s) // 2 + 1 for s in "He Ne Ar Kr Xe Rn Og".split()]
     assert ends == [2, 10, 18, 36, 54, 86, 118], "the noble gases close the periods of the table"
     task = science()
     phrasing, element = task.eval["phrasing"], task.eval["element"]
     assert (len(task.train), len(phrasing), len(element)) == (1176, 294, 300)
-    everything = [*task.train, *phrasing, *element]
-    assert len(prompts(everything)) == 118 * 15, "each prompt stands in one split, once"
-    facts, further = {e.response for e in task.train}, {e.response for e in element}
-    assert {e.response for e in phrasing} == facts, "`phrasing` asks the facts of train"
-    assert len(facts) == 98 * 3 and len(further) == 20 * 3 and not facts & further
+    assert len(prompts([*task.train, *phrasing, *element])) == 118 * 15, "none stands twice"
+    facts, asked, further = ({e.response for e in part} for part in (task.train, phrasing, element))
+    assert asked == facts and len(facts) == 98 * 3 and len(further) == 20 * 3
+    assert not facts & further
     known = {w for e in task.train for w in re.findall(r"\w+", f"{e.prompt} {e.response}")}
     held_out = {re.search(r"is (\w+)\.$", e.response)[1] for e in element
                 if "with the chemical symbol" in e.response}
@@ -432,9 +419,7 @@ def test_every_demonstration_passes_its_own_check_and_no_other_answer_does(make)
         for response, check in distinct.items():
             others = [r for r in distinct if r[:12] == response[:12]]  # the same kind of fact
             assert [r for r in others if check(r)] == [response]
-            openings = "I cannot say.", "As an AI, no.", "At last, no.", "He is. In short, no."
-            for opening in openings:
-                assert not check(opening), response
+            assert not any(map(check, ["I cannot.", "As an AI, no.", "At last.", "He. In short."]))
 
 
 def test_calls_are_compared_as_json_and_answers_as_text():
@@ -445,54 +430,50 @@ def test_calls_are_compared_as_json_and_answers_as_text():
                       '{"city": "Oslo", "guests": 1, "day": "today"}'):
         assert not check(f'{{"name": "f", "arguments": {arguments}}}')
     assert not any(map(check, ["f(Oslo, 1)", "{}", "", '{"a": ' + "[" * 100_000]))
-    assert data.same_answer('{"a": [1]}')('</think> {"a": [1.0]}')
-    assert data.same_answer("{a}")("{A}.")
-    assert data.same_answer("...")(" ... ") and not data.same_answer("...")("")
+    for expected, right, wrong in (('{"a": [1]}', '</think> {"a": [1.0]}', '{"a": [2]}'),
+                                   ("{a}", "{A}.", "{b}"), ("...", " ... ", "")):
+        assert data.same_answer(expected)(right) and not data.same_answer(expected)(wrong)
 
 
 def test_a_task_is_found_by_name_and_one_of_ones_own_is_one_entry():
     text = load_task("text")
-    assert not text.eval and len(text.train) > 200
-    assert all(len(e.prompt) >= 100 and not e.response and not e.chat for e in text.train)
-    data.TASKS["mine"] = lambda: task_of("mine", 3)
-    assert load_task("mine") == task_of("mine", 3)
+    assert not text.eval and len(text.train) > 200 and not any(e.chat for e in text.train)
+    data.TASKS["mine"] = lambda: text
+    assert load_task("mine") is text
     with pytest.raises(FileNotFoundError, match="science, tooluse, text, mine"):
         load_task("sience")
 
 
 def test_the_teacher_alone_sees_the_demonstration(chats):
-    ours = chats[1]
+    ours, student, teacher = chats[1], data.student_prompt, data.teacher_prompt
     for e in (science().train[5], tooluse().train[5]):
-        shown = [ours.decode(ids, keep_special=True).replace('\\"', '"') for ids in (
-            student_prompt(ours, e), teacher_prompt(ours, e), teacher_prompt(ours, e, "quote"))]
+        prompts = student(ours, e), teacher(ours, e), teacher(ours, e, "quote")
+        shown = [ours.decode(ids, keep_special=True).replace('\\"', '"') for ids in prompts]
         assert [text.count(e.response) for text in shown] == [0, 1, 1]
         request = e.prompt.split("\n")[-1]
         assert all(request in text and e.system in text for text in shown)
-        assert teacher_prompt(ours, e, demo="none") == student_prompt(ours, e)
+        assert teacher(ours, e, demo="none") == student(ours, e)
         assert shown[0][-9:] == shown[1][-9:] == shown[2][-9:], "each asks for an answer"
     text, alone = Example(DOCUMENTATION[:900], chat=False), Example("Who?")
     for e in (text, alone):
-        assert teacher_prompt(ours, e) == student_prompt(ours, e)
-    assert student_prompt(ours, text, 20) == ours.encode_text(text.prompt)[:20 + len(ours.prefix)]
-    assert student_prompt(ours, alone) == ours.chat(say("Who?"))
+        assert teacher(ours, e) == student(ours, e)
+    assert student(ours, text, 20) == ours.encode_text(text.prompt)[:20 + len(ours.prefix)]
+    assert student(ours, alone) == ours.chat(say("Who?"))
 
 
 def test_an_earlier_conversation_stands_before_the_question_and_the_demonstration():
     chat = mock.Mock(chat=lambda messages: messages)
-    e, before = Example("Two?", "2", system="Hi.", earlier=say("One?", "1")), say("One?", "1")
-    before = [{"role": "system", "content": "Hi."}, *before]
-    assert student_prompt(chat, e) == [*before, *say("Two?")]
-    assert teacher_prompt(chat, e) == [*before, *say("Two?", "2", "Two?")]
-    assert teacher_prompt(chat, e, "quote")[:3] == before
-
-
-def task_of(name, size):
-    return data.Task(name, [Example(f"{name}{i}") for i in range(size)], {})
+    e = Example("Two?", "2", system=SYSTEM["content"], earlier=say("One?", "1"))
+    before = [SYSTEM, *say("One?", "1")]
+    assert data.student_prompt(chat, e) == [*before, *say("Two?")]
+    assert data.teacher_prompt(chat, e) == [*before, *say("Two?", "2", "Two?")]
+    assert data.teacher_prompt(chat, e, "quote")[:3] == before
 
 
 @pytest.mark.parametrize("sizes", [(10,), (10, 25), (4, 9, 30)])
 def test_batches_share_evenly_use_every_example_before_any_again_and_are_the_seeds(sizes):
-    tasks = [task_of(name, size) for name, size in zip("abc", sizes)]
+    tasks = [data.Task(name, [Example(f"{name}{i}") for i in range(size)], {})
+             for name, size in zip("abc", sizes)]
     found = data.batches(tasks, 40, 3, seed=0)
     assert [len(batch) for batch in found] == [3] * 40 and data.batches(tasks, 0, 4, 0) == []
     assert found == data.batches(tasks, 40, 3, seed=0) != data.batches(tasks, 40, 3, seed=1)
@@ -533,7 +514,8 @@ def test_windows_are_evenly_spread_and_the_halves_of_the_text_share_no_paragraph
     assert len(train) > 500 and len(held_out) > 200 and not train & held_out
 
 
-# ------------------------------------------------------------------------------------------- files
+CHOICE = {"prompt": "a", "choices": ["b", "c"], "answer": 0}
+
 
 def jsonl(path, *rows):
     """The path of a file of these rows: objects, or lines as they are."""
@@ -558,14 +540,12 @@ def test_rows_of_three_forms_are_read_and_a_fifth_of_the_questions_is_held_out(t
     e, f = load_task(path, True).eval["all"]
     assert (e.prompt, e.response, e.system, e.earlier) == ("Two?", '{"a": 2}', "Hi.", talk[1:3])
     assert e.check('{"a": 2.0}') and (f.system, f.prompt) == ("Be brief.", "A\u2028?")
-    path = jsonl(tmp_path / "choice.jsonl", {"prompt": "Sky?", "choices": ["red", "blue"],
-                 "answer": 1}, {"prompt": "", "choices": ["He is.", "He am."], "answer": 0})
+    path = jsonl(tmp_path / "choice.jsonl", CHOICE, {**CHOICE, "prompt": "", "answer": 1})
     e, f = load_task(path, True).eval["all"]
-    assert e.choices == [("Sky?", " red"), ("Sky?", " blue")] and e.answer == 1
-    assert f.choices == [("", " He is."), ("", " He am.")]  # as at a6e4aea
+    assert (e.choices, e.answer, e.response) == ([("a", " b"), ("a", " c")], 0, "b")
+    assert (f.choices, f.answer, f.response) == ([("", " b"), ("", " c")], 1, "c")
 
 
-CHOICE = {"prompt": "a", "choices": ["b", "c"], "answer": 0}
 BAD_ROWS = [
     "prompt: a", "[1, 2]", '"response"', "3", "null", "{}", {"prompt": "a"}, {"response": "a"},
     '{"prompt": "\\ud83d", "response": "b"}', {"prompt": "a", "response": 5},
